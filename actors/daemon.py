@@ -1,0 +1,88 @@
+"""The daemon's processes, as `run.py` starts them: the keeper, and below it the root supervisor and the fork server.
+
+The keeper loads no more than it must: settings are read and checked by a child of it, which prints what the keeper needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(__file__).resolve().parent.parent / "run.py"
+EXIT_SETTINGS = 78  # EX_CONFIG: the settings, or a missing part of the host, as the check has said on stderr
+DRAIN_MARGIN_S = 30.0  # over `daemon.drain_timeout`: stopping, syncing back and unmounting come after it
+
+# What the entries of isolated processes are in; the fork server loads them, and what they need, once for all.
+PRELOAD = ("actors.mount.serve", "actors.mount.process", "actors.image.process", "actors.output.process")
+
+
+def main(take_over: bool = False, stand_in: bool = False) -> int:
+    """Be the daemon's keeper in the foreground → the exit code."""
+    checked = subprocess.run([sys.executable, PROGRAM, "process", "check"], stdout=subprocess.PIPE, check=False)
+    if checked.returncode:
+        return checked.returncode
+    known = json.loads(checked.stdout)
+    # Every process below has them, so that whoever looks at one sees to which daemon it belongs.
+    os.environ["AERIE_STATE_DIR"] = known["state_dir"]
+    os.environ["AERIE_RUN_DIR"] = known["run_dir"]
+
+    from supervisor.keeper import Plan, run_keeper
+
+    plan = Plan(
+        directory=Path(known["run_dir"]),
+        root_argv=process_argv("root"),
+        fork_server_argv=process_argv("fork-server"),
+        drain_timeout_s=known["drain_timeout_s"] + DRAIN_MARGIN_S,
+    )
+    return run_keeper(plan, take_over, stand_in)
+
+
+def process_argv(name: str) -> list[str]:
+    """How a process of the daemon is started: by the same program, under a name that ps shows."""
+    return [sys.executable, str(PROGRAM), "process", name]
+
+
+def process(name: str, arguments: list[str]) -> int:
+    """Be one of the daemon's own processes: `check`, `root`, `fork-server` or `stand-in`."""
+    match name:
+        case "stand-in":
+            return main(stand_in=True)
+        case "fork-server":
+            from supervisor.forkserver import main as serve_forks
+
+            serve_forks(int(arguments[0]), Path(os.environ["AERIE_RUN_DIR"]) / "forkserver.lock", PRELOAD)
+        case "root":
+            from actors.node import main as supervise
+
+            return supervise()
+        case "check":
+            return check()
+    raise ValueError(name)
+
+
+def check() -> int:
+    """Read the settings and look at the host; all faults go to stderr, each with its cure, and what a keeper needs to stdout."""
+    from actors.doctor import missing_parts
+    from actors.settings import SettingsError, load_settings
+
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return EXIT_SETTINGS
+    if missing := missing_parts(settings):
+        print("\n".join(missing), file=sys.stderr)
+        return EXIT_SETTINGS
+    print(
+        json.dumps(
+            {
+                "state_dir": settings.state.dir,
+                "run_dir": settings.run.dir,
+                "drain_timeout_s": settings.daemon.drain_timeout_s,
+            }
+        )
+    )
+    return 0

@@ -1,0 +1,1 @@
+def missing_parts(settings): return []

@@ -1,0 +1,243 @@
+"""The client's end of the local gateway: blocking, in one thread, and indifferent to a restart of the daemon.
+
+A :class:`Client` remembers the requests that have had no last answer.  When the connection ends it waits for the daemon to be back
+and sends them again, which is safe for all of them but one (`messages`).  What goes wrong is a :class:`ClientError` with a
+text for the user and an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from actors.gateway.messages import (
+    ANSWERS,
+    EXIT_CODES,
+    EXIT_NO_DAEMON,
+    FRAME_BYTES_MAX,
+    SOCKET_NAME,
+    Accepted,
+    Answer,
+    Failed,
+    FailureKind,
+    Listed,
+    MountImage,
+    Progress,
+    Request,
+)
+from supervisor.frames import Codec, FrameBuffer, FrameError
+
+ANSWER_TIMEOUT_S: Final = 30.0  # for a request that waits for nothing
+PATIENCE_S: Final = 60.0  # for a daemon that was there a moment ago
+STARTING_S: Final = 20.0  # for a gateway whose keeper is there
+KEEPER_SOCKET: Final = "keeper.sock"  # in the run directory; see supervisor.keeper
+NOT_LAST: Final = (Accepted, Progress, Listed)
+
+
+class ClientError(Exception):
+    """What was asked for could not be had; the text is for the user."""
+
+    exit_code = EXIT_CODES["internal"]
+
+
+class NoDaemon(ClientError):
+    """Nobody listens, or does any more."""
+
+    exit_code = EXIT_NO_DAEMON
+
+
+class RequestFailed(ClientError):
+    """The daemon said no."""
+
+    def __init__(self, kind: FailureKind, error: str) -> None:
+        super().__init__(error)
+        self.kind = kind
+        self.exit_code = EXIT_CODES[kind]
+
+
+class Client:
+    """A connection to the daemon of `run_dir`.  Raises NoDaemon when there is none."""
+
+    def __init__(self, run_dir: Path, patience_s: float = PATIENCE_S) -> None:
+        self._run_dir = run_dir
+        self._patience_s = patience_s
+        self._codec = Codec(*ANSWERS, size_bytes_max=FRAME_BYTES_MAX)
+        self._open: dict[int, Request] = {}
+        self._unread: list[Answer] = []
+        self._last_number = 0
+        self._incoming = FrameBuffer(self._codec)
+        self._socket = connect(run_dir)
+
+    def fileno(self) -> int:
+        """The present connection's; another one after a restart of the daemon."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def number(self) -> int:
+        """A number for the next request."""
+        self._last_number += 1
+        return self._last_number
+
+    def send(self, request: Request) -> None:
+        """Send a request.  Raises FrameError when it is over the bound, NoDaemon."""
+        frame = self._codec.frame(request)
+        self._open[request.request] = request
+        try:
+            self._socket.sendall(frame)
+        except ConnectionError:
+            self._reconnect()
+
+    def receive(self, timeout_s: float | None = None) -> Answer | None:
+        """The next answer to any open request; None when there is none within `timeout_s` (None: wait for ever; 0: do not wait).
+
+        Raises NoDaemon when the daemon goes away and does not come back; ClientError when it breaks the protocol.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            try:
+                for answer in self._unread or self._incoming:
+                    if self._unread:
+                        self._unread.pop(0)
+                    if self._concerns_us(answer):
+                        return answer
+            except FrameError as error:
+                raise ClientError(f"the daemon's answer is not understood ({error}): is it of another version than this client?") from None
+            if not self._wait_readable(deadline):
+                return None
+            try:
+                data = self._socket.recv(1 << 16)
+            except ConnectionError:
+                data = b""
+            if data:
+                self._incoming.feed(data)
+            else:
+                self._reconnect()
+
+    def answers(self, request: Request, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Iterator[Answer]:
+        """Send a request, alone on this connection → its answers, the last one included.
+
+        `timeout_s` is for each of them.  Raises RequestFailed for a `Failed`, and as `receive`.
+        """
+        self.send(request)
+        while request.request in self._open:
+            answer = self.receive(timeout_s)
+            if answer is None:
+                raise ClientError(f"the daemon has not answered within {timeout_s:g} s: its log may say why")
+            if isinstance(answer, Failed):
+                raise RequestFailed(answer.kind, answer.error)
+            yield answer
+
+    def ask(
+        self, request: Request, timeout_s: float | None = ANSWER_TIMEOUT_S, progress: Callable[[str], None] | None = None
+    ) -> Answer:
+        """Send a request → its last answer; `progress` is told what it waits for.  Raises as `answers`."""
+        for answer in self.answers(request, timeout_s):
+            if isinstance(answer, Progress) and progress:
+                progress(answer.text)
+        return answer
+
+    def _concerns_us(self, answer: Answer) -> bool:
+        """Take note of an answer; False for one to a request that had its last answer before a restart."""
+        if answer.request == 0 and isinstance(answer, Failed):
+            raise RequestFailed(answer.kind, answer.error)
+        if answer.request not in self._open:
+            return False
+        if not isinstance(answer, NOT_LAST):
+            del self._open[answer.request]
+        return True
+
+    def _wait_readable(self, deadline: float | None) -> bool:
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        return bool(waiting.poll(None if deadline is None else max(0, (deadline - time.monotonic()) * 1000)))
+
+    def _reconnect(self) -> None:
+        self._socket.close()
+        self._incoming = FrameBuffer(self._codec)
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            self._socket = wait_connect(self._run_dir, deadline)
+            try:
+                for request in list(self._open.values()):
+                    if isinstance(request, MountImage):
+                        # Sent twice, it could leave a lease that nobody knows.
+                        error = "the daemon went away before it answered: `image ls` shows whether there is a lease now"
+                        self._unread.append(Failed(request.request, "internal", error))
+                    else:
+                        self._socket.sendall(self._codec.frame(request))
+                return
+            except ConnectionError:
+                self._socket.close()
+
+
+def connect(run_dir: Path) -> socket.socket:
+    """Connect to the gateway of `run_dir`; one that is about to start is waited for.  Raises NoDaemon, or ClientError."""
+    try:
+        return _connect(run_dir / SOCKET_NAME, socket.SOCK_STREAM)
+    except (FileNotFoundError, ConnectionRefusedError):
+        pass
+    try:
+        _connect(run_dir / KEEPER_SOCKET, socket.SOCK_SEQPACKET).close()
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise NoDaemon(_how_to_start(run_dir)) from None
+    return wait_connect(run_dir, time.monotonic() + STARTING_S)
+
+
+def wait_connect(run_dir: Path, deadline: float) -> socket.socket:
+    """Connect to the gateway of `run_dir` as soon as one listens there, at the latest at `deadline` (monotonic).
+
+    Raises NoDaemon, or ClientError when nobody may.
+    """
+    from inotify_simple import INotify
+
+    while True:
+        with INotify() as inotify:
+            # First watch, then try: what appears in between is an event.
+            _watch(inotify, run_dir)
+            try:
+                return _connect(run_dir / SOCKET_NAME, socket.SOCK_STREAM)
+            except (FileNotFoundError, ConnectionRefusedError):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise NoDaemon(_how_to_start(run_dir)) from None
+                inotify.read(timeout=int(left_s * 1000) + 1)
+
+
+def _watch(inotify: object, directory: Path) -> None:
+    """Watch a directory, or, where it is missing, the nearest one above it in which it may appear."""
+    from inotify_simple import flags
+
+    wanted = flags.CREATE | flags.MOVED_TO | flags.ATTRIB | flags.DELETE_SELF | flags.MOVE_SELF
+    while True:
+        try:
+            inotify.add_watch(os.fspath(directory), wanted | flags.ONLYDIR)  # type: ignore[attr-defined]
+            return
+        except (FileNotFoundError, NotADirectoryError):
+            directory = directory.parent
+
+
+def _connect(path: Path, kind: int) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, kind)
+    try:
+        connection.connect(os.fspath(path))
+    except PermissionError:
+        connection.close()
+        raise ClientError(f"permission denied: {path} is for root only; become root, or name your own daemon by AERIE_RUN_DIR") from None
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _how_to_start(run_dir: Path) -> str:
+    return (
+        f"no daemon listens on {run_dir / SOCKET_NAME}: start one with `run.py daemon`, or as a service with conf/aerie.service; "
+        "AERIE_RUN_DIR (or [run] dir in the settings) says which one is meant"
+    )

@@ -1,0 +1,18 @@
+"""Images: from a reference such as `ubuntu` to a read-only root file system that any number of tasks share.
+
+Purpose.  A reference is resolved to the digest of one manifest (`reference`, `registry`).  The image builder, a process of
+its own (`process`, `builder`), reads the registry's unmodified layers once (`stream`, `tar`, `content`), overlays them into one
+tree (`layers`), fills OBJECTS with the content of its files, and writes the image's archive (`archive`): the EROFS META that
+the kernel mounts, the table of objects, and what a task needs of the image's config.  The kernel mounts META :: OBJECTS
+(`actors.lazytree`).
+
+Owns.  The archives in `image.archive_dir` (one file per manifest digest, maybe shared with other daemons), the image objects in
+`image.cache_dir` (named by the sha256 of their content), the mounts below `image.mount_dir`, and the image builders.
+
+Survives a restart.  Archives and objects, which are whole or not there at all, and mounts, which belong to the state store: a
+restarted actor adopts them.  A builder that was under way is lost with nothing left but whole objects; the next call starts another.
+
+Refuses, each with an error that says whose fault it is (`errors`): a reference that is none, an image or platform that the
+registry does not have, a registry that is away or wants credentials, content that is not what its digest says, a layer
+that climbs out of the root, and everything over the bounds on unpacked bytes, entries and time.
+"""

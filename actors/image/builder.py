@@ -1,0 +1,164 @@
+"""Building an image: from the registry's layers to an archive and its objects, in one pass over each layer.
+
+The order makes it safe to be killed at any instruction: objects appear whole; they are made durable, all at once, before the archive
+that counts on them is renamed into place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+from actors.image.archive import Archive, ImageInfo, LayerInfo, archive_path, write_archive
+from actors.image.content import Contents
+from actors.image.errors import ArchiveInvalid, ContentCorrupt, DiskFull, LayerUnsafe, OverBounds, Unsupported
+from actors.image.layers import LayeredTree, is_whiteout
+from actors.image.manifests import ConfigDocument, Manifest, Platform, ProcessConfig
+from actors.image.reference import Reference
+from actors.image.registry import Registry
+from actors.image.stream import Budget, LayerStream, Verified, decompress
+from actors.image.tar import entries
+from actors.image.wire import BuildImage, Built, Progress, Resolved
+from actors.lazytree.erofs import Node
+from actors.lazytree.objects import Objects
+from actors.lazytree.table import CorruptTable
+
+
+class Build:
+    """One build.  `progress` may be looked at while it runs, from a signal handler for instance."""
+
+    def __init__(self, order: BuildImage) -> None:
+        self._order = order
+        self._budget = Budget(order.unpacked_bytes_max, order.entries_max)
+        self._phase = "resolving"
+        self._manifest: Manifest | None = None
+        self._layer = 0
+        self._read_bytes = 0
+
+    def progress(self) -> Progress:
+        layers = self._manifest.layers if self._manifest else []
+        total = sum(layer.size for layer in layers)
+        return Progress(self._phase, self._layer, len(layers), self._read_bytes, total, self._budget.entries)
+
+    def run(self) -> Resolved | Built:
+        """Do it.  Raises ImageError; OSError for a node whose directories are not what they should be."""
+        order = self._order
+        reference = Reference.parse(order.reference)
+        platform = Platform.parse(order.platform) if order.platform else Platform.own()
+        os.makedirs(order.archive_dir, exist_ok=True)
+        objects = Objects(order.cache_dir)
+        try:
+            if reference.digest and (found := self._find(reference.digest, objects)):
+                return found
+            with Registry(reference) as registry:
+                digest = registry.resolve(platform)
+                if digest == order.known_digest:
+                    return Resolved(digest)
+                return self._find(digest, objects) or self._build(registry, digest, platform, objects)
+        except OSError as error:
+            raise _storage_error(error) from error
+        finally:
+            objects.close()
+
+    def _find(self, digest: str, objects: Objects) -> Resolved | Built | None:
+        """The image if it is here already, archive and every object; None when something is to be done."""
+        if digest == self._order.known_digest:
+            return Resolved(digest)
+        try:
+            archive = Archive.open(archive_path(self._order.archive_dir, digest))
+            table = archive.objects()
+            try:
+                if not all(objects.has(table.row(index).key) for index in range(len(table))):
+                    return None
+            finally:
+                table.close()
+        except (FileNotFoundError, ArchiveInvalid, CorruptTable):
+            return None  # an archive that is damaged is replaced
+        # Another builder may have published them this very moment.
+        objects.sync()
+        return Built(digest, archive.path, archive.info.objects, archive.info.unpacked_bytes, 0)
+
+    def _build(self, registry: Registry, digest: str, platform: Platform, objects: Objects) -> Built:
+        manifest = self._manifest = registry.manifest(digest)
+        config = registry.config(manifest, platform)
+        self._phase = "reading layers"
+        tree, contents = LayeredTree(self._budget), Contents(objects)
+        for number, (layer, diff_id) in enumerate(zip(manifest.layers, config.rootfs.diff_ids, strict=True)):
+            self._layer = number + 1
+            blob = Verified(registry.blob(layer), layer)
+            try:
+                self._read_layer(blob, number, diff_id, tree, contents)
+            except (ContentCorrupt, LayerUnsafe, Unsupported) as error:
+                raise type(error)(f"{registry.reference}, layer {self._layer} of {len(manifest.layers)}: {error}") from None
+        self._phase = "writing archive"
+        objects.sync()
+        keys = _keys(tree.root)
+        rows = [row for key, row in contents.rows.items() if key in keys]
+        unpacked_bytes = sum(contents.stored_bytes[key] for key in keys)
+        info = _describe(registry.reference, digest, manifest, config, len(rows), unpacked_bytes)
+        try:
+            path = write_archive(self._order.archive_dir, tree.root, rows, info)
+        except ValueError as error:
+            raise ContentCorrupt(f"{registry.reference}: a file that no file system here could hold: {error}") from None
+        return Built(digest, path, info.objects, info.unpacked_bytes, self._read_bytes)
+
+    def _read_layer(self, blob: Verified, number: int, diff_id: str, tree: LayeredTree, contents: Contents) -> None:
+        stream = LayerStream(decompress(self._counted(blob)), diff_id, self._budget)
+        tree.begin_layer()
+        try:
+            for entry in entries(stream, self._budget):
+                key = contents.take(stream, entry, number) if entry.is_file and not is_whiteout(entry) else None
+                tree.add(entry, key)
+            stream.finish()
+        except (ContentCorrupt, LayerUnsafe):
+            # Whose fault?  If the registry's copy is damaged, which its end tells, then what was found in it says nothing
+            # about the image.
+            for _ in blob:
+                pass
+            raise
+
+    def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            self._read_bytes += len(piece)
+            yield piece
+
+
+def _keys(root: Node) -> set[str]:
+    """The objects that the finished tree names; files that a later layer has replaced are not among them."""
+    keys = set()
+    directories = [root]
+    for directory in directories:  # grows while it is walked
+        for node in (directory.children or {}).values():
+            if node.children is not None:
+                directories.append(node)
+            elif node.key:
+                keys.add(node.key)
+    return keys
+
+
+def _describe(
+    reference: Reference, digest: str, manifest: Manifest, config: ConfigDocument, objects: int, unpacked_bytes: int
+) -> ImageInfo:
+    process = config.config or ProcessConfig()
+    layers = zip(manifest.layers, config.rootfs.diff_ids, strict=True)
+    return ImageInfo(
+        reference=str(reference.pinned(digest)),
+        digest=digest,
+        layers=[LayerInfo(layer.digest, layer.media_type, layer.size, diff_id) for layer, diff_id in layers],
+        env=process.env or [],
+        entrypoint=process.entrypoint or [],
+        command=process.cmd or [],
+        working_dir=process.working_dir or "",
+        user=process.user or "",
+        objects=objects,
+        unpacked_bytes=unpacked_bytes,
+    )
+
+
+def _storage_error(error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"no space is left on this node for the image ({error.filename or 'its cache or archive directory'})")
+    if error.errno == errno.EFBIG:
+        return OverBounds("the image has a file that is larger than the file system of the cache takes")
+    return error

@@ -1,0 +1,107 @@
+"""The content of a layer's files: hashed, cut into chunks, and put into OBJECTS, as it goes by.
+
+An object's key is the sha256 of its content.  A sparse file's is the sha256 of its map and data: its holes may be terabytes, which
+nobody should have to hash.  A row's source (`LayerContent`) says where in the image's layers the content is and what each chunk of it
+must hash to, so that a lazy loader can fetch and check a part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import BinaryIO
+
+import msgspec
+
+from actors.image.stream import LayerStream
+from actors.image.tar import Entry
+from actors.lazytree.objects import Objects
+from actors.lazytree.table import Row
+
+CHUNK_BYTES = 1 << 20
+_SPARSE = b"aerie sparse object 1\0"
+_EXTENT = struct.Struct("<QQ")
+
+
+class LayerContent(msgspec.Struct, frozen=True, array_like=True):
+    """Where an object's content is: the `source` of an image's rows, as msgpack.
+
+    It is `offset` bytes into the decompressed layer number `layer` (0 is the lowest).  `chunks` are the 32-byte sha256 digests of each
+    CHUNK_BYTES of it, the last one shorter; empty when there is one chunk and its digest is the object's key.  `extents` of a sparse
+    file are (offset in the object, length), ascending: their bytes follow one another in the layer, and it is these that
+    chunks count; the rest of the object is holes.
+    """
+
+    layer: int
+    offset: int
+    chunks: bytes = b""
+    extents: list[tuple[int, int]] | None = None
+
+
+class Contents:
+    """The objects of one image, whether they were in OBJECTS before or not: each one's row and its bytes without holes, by key."""
+
+    def __init__(self, objects: Objects) -> None:
+        self.rows: dict[str, Row] = {}
+        self.stored_bytes: dict[str, int] = {}
+        self._objects = objects
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def take(self, stream: LayerStream, entry: Entry, layer: int) -> str | None:
+        """Read the entry's data off the stream into an object and return its key, None for an empty file.
+
+        Raises OSError (no space), and what the stream raises.
+        """
+        if not entry.size:
+            return None
+        if entry.extents is None and entry.stored <= CHUNK_BYTES:
+            data = stream.read_exactly(entry.stored)
+            key = hashlib.sha256(data).hexdigest()
+            if not self._objects.has(key):
+                with self._objects.create() as file:
+                    file.write(data)
+                    self._objects.publish(file, key)
+            chunks = b""
+        else:
+            with self._objects.create() as file:
+                key, chunks = _copy(stream, entry, file)
+                self._objects.publish(file, key)
+        if key not in self.rows:
+            source = self._encoder.encode(LayerContent(layer, entry.offset, chunks, entry.extents))
+            self.rows[key] = Row(key, entry.size, source)
+            self.stored_bytes[key] = entry.stored
+        return key
+
+
+def _copy(stream: LayerStream, entry: Entry, file: BinaryIO) -> tuple[str, bytes]:
+    """Copy the entry's data into the file, holes left out; returns its key and the digests of its chunks."""
+    whole = hashlib.sha256()
+    if entry.extents is not None:
+        whole.update(_SPARSE + struct.pack("<Q", entry.size) + b"".join(_EXTENT.pack(*extent) for extent in entry.extents))
+        file.truncate(entry.size)
+    digests = []
+    ahead = list(reversed(entry.extents or ()))
+    left = entry.stored
+    while left:
+        chunk = stream.read_exactly(min(left, CHUNK_BYTES))
+        left -= len(chunk)
+        whole.update(chunk)
+        digests.append(hashlib.sha256(chunk).digest())
+        if entry.extents is None:
+            file.write(chunk)
+        else:
+            _scatter(chunk, ahead, file)
+    return whole.hexdigest(), b"".join(digests)
+
+
+def _scatter(chunk: bytes, ahead: list[tuple[int, int]], file: BinaryIO) -> None:
+    """Write the next bytes of a sparse file's data where its extents, the next one last in `ahead`, say."""
+    rest = memoryview(chunk)
+    while rest:
+        offset, length = ahead.pop()
+        part = rest[:length]
+        file.seek(offset)
+        file.write(part)
+        rest = rest[length:]
+        if len(part) < length:
+            ahead.append((offset + len(part), length - len(part)))

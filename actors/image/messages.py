@@ -1,0 +1,81 @@
+"""What may be said to the ImageActor, and what it answers."""
+
+from __future__ import annotations
+
+from supervisor.frames import Message
+
+
+class PrepareRootfs(Message):
+    """Lease the root file system of an image → RootfsReady, or Refused with a text for the submitter.
+
+    `lease` is the asker's name for the lease: asked again with the same name, the answer is the same lease.  With `root` the
+    image is also mounted as one read-only tree (`image mount`); a task brings its own upper directory and needs only the layers.
+    `watcher`: the task (or request) whose submitter is shown the progress.
+    """
+
+    lease: str
+    reference: str
+    root: bool = False
+
+
+class ImageConfig(Message):
+    """What a task needs of the image's configuration."""
+
+    env: list[str]
+    entrypoint: list[str]
+    command: list[str]
+
+
+class RootfsReady(Message):
+    """`lower` and `data`: the layers for an overlay mount; `path`: the mounted root, when one was asked for."""
+
+    lease: str
+    reference: str
+    digest: str
+    lower: str
+    data: list[str]
+    config: ImageConfig
+    path: str | None
+
+
+class ReleaseRootfs(Message):
+    """Give a lease back → Released.  A lease that is not held (any more) is no error: `known` says so."""
+
+    lease: str
+
+
+class Released(Message):
+    known: bool
+
+
+class ListImages(Message):
+    """→ ImageList"""
+
+
+class ImageRow(Message):
+    reference: str
+    digest: str
+    path: str | None
+    leases: list[str]
+    unpacked_bytes: int
+
+
+class ImageList(Message):
+    images: list[ImageRow]
+
+
+class UnmountIdle(Message):
+    """To itself: the idle time of an image is over."""
+
+    digest: str
+
+
+class CloseImages(Message):
+    """Release every lease and unmount everything → Released."""
+
+
+class ImageProgress(Message):
+    """Told to the gateway: what those who want these leases wait for."""
+
+    leases: list[str]
+    text: str

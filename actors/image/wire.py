@@ -1,0 +1,68 @@
+"""What the ImageActor and an image builder say to each other."""
+
+from __future__ import annotations
+
+from supervisor.frames import Message
+
+
+class BuildImage(Message, frozen=True):
+    """The arguments of a builder: see to it that the image's archive and all of its content are on this node.
+
+    `reference`: as the submitter wrote it.  `platform`: OS/ARCHITECTURE[/VARIANT], "" for this machine's.
+    `archive_dir`, `cache_dir`: where archives and objects lie.  `known_digest`: the manifest whose archive and content are known
+    to be here, complete and durable; None when there is none.  The rest are the bounds: bytes of all layers decompressed (holes
+    of sparse files not counted), entries of all layers, and the time for everything.
+
+    There are four ends: `Resolved` when the reference (still) names `known_digest`; `Built` without reading a layer when the archive is
+    there, from another daemon perhaps, and OBJECTS have every object of it, which for a reference by that digest does not
+    ask the registry either; `Built` after reading all layers; `BuildFailed`.
+    """
+
+    reference: str
+    archive_dir: str
+    cache_dir: str
+    platform: str = ""
+    known_digest: str | None = None
+    unpacked_bytes_max: int = 64 << 30
+    entries_max: int = 1_000_000
+    time_max_s: float = 3600.0
+
+
+class Progress(Message, frozen=True):
+    """How far the build is, four times a second, also while it waits: `bytes_done` of `bytes_total` of compressed layers read.
+
+    `phase` is "resolving", "reading layers" or "writing archive"; `layer` counts from 1 to `layers`.
+    """
+
+    phase: str
+    layer: int = 0
+    layers: int = 0
+    bytes_done: int = 0
+    bytes_total: int = 0
+    entries: int = 0
+
+
+class Resolved(Message, frozen=True):
+    """Nothing was to be done: the reference names this manifest, the known one."""
+
+    digest: str
+
+
+class Built(Message, frozen=True):
+    """Archive and content are here and durable.
+
+    `layer_bytes`: compressed bytes read from the registry, 0 when all was there.  `unpacked_bytes`: of the objects, holes not counted.
+    """
+
+    digest: str
+    archive: str
+    objects: int
+    unpacked_bytes: int
+    layer_bytes: int
+
+
+class BuildFailed(Message, frozen=True):
+    """It cannot be had.  `kind` is that of an `errors.ImageError`; `error` is for the submitter."""
+
+    kind: str
+    error: str

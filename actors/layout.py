@@ -1,0 +1,108 @@
+"""Where everything of a task lies, below the state directory (durable) and the run directory (gone after a reboot)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The daemon's own directories."""
+
+    state: Path
+    run: Path
+
+    @property
+    def database(self) -> Path:
+        return self.state / "aerie.db"
+
+    @property
+    def workspaces(self) -> Path:
+        """The stores: one directory to each NAME."""
+        return self.state / "workspaces"
+
+    @property
+    def runtimes(self) -> Path:
+        """What the OCI runtimes keep of their containers."""
+        return self.run / "runtimes"
+
+    def task(self, task: str) -> TaskLayout:
+        return TaskLayout(task, self.state / "tasks" / task, self.run / "tasks" / task)
+
+    def known_tasks(self) -> set[str]:
+        """The tasks that have a directory, here or there."""
+        homes = (self.state / "tasks", self.run / "tasks")
+        return {entry.name for home in homes if home.is_dir() for entry in home.iterdir()}
+
+
+@dataclass(frozen=True)
+class TaskLayout:
+    """A task's two homes: `durable` on the state disk, `volatile` for mount points, bundle and what its monitor tells."""
+
+    task: str
+    durable: Path
+    volatile: Path
+
+    # durable
+
+    @property
+    def attempt_lock(self) -> Path:
+        """Locked by conmon, the keeper and the root supervisor for as long as the attempt may live."""
+        return self.durable / "attempt"
+
+    @property
+    def output(self) -> Path:
+        return self.durable / "output"
+
+    @property
+    def journal(self) -> Path:
+        return self.output / "journal"
+
+    @property
+    def root_upper(self) -> Path:
+        return self.durable / "root" / "upper"
+
+    @property
+    def root_work(self) -> Path:
+        return self.durable / "root" / "work"
+
+    @property
+    def workspace_home(self) -> Path:
+        """META and object table of the workspace, its staging directories, and the syncer's journal."""
+        return self.durable / "workspace"
+
+    @property
+    def staging(self) -> Path:
+        return self.workspace_home / "upper"
+
+    @property
+    def staging_work(self) -> Path:
+        return self.workspace_home / "work"
+
+    # volatile
+
+    @property
+    def root(self) -> Path:
+        return self.volatile / "root"
+
+    @property
+    def workspace(self) -> Path:
+        return self.volatile / "workspace"
+
+    @property
+    def workspace_meta(self) -> Path:
+        return self.volatile / "meta"
+
+    @property
+    def workspace_lazy(self) -> Path:
+        return self.volatile / "lazy"
+
+    @property
+    def bundle(self) -> Path:
+        return self.volatile / "bundle"
+
+    @property
+    def monitor(self) -> Path:
+        """conmon's own files: pid files, exit files, sockets."""
+        return self.volatile / "monitor"

@@ -1,0 +1,217 @@
+"""Mounting the layers of a tree, and finding and removing what is mounted.
+
+File systems are configured with fsopen(2), fsconfig(2), fsmount(2) and move_mount(2): options are values and need no escaping, a
+layer list has no length limit, and the kernel says in words what it did not like.  mount(8) would put a loop device under an
+EROFS file.
+
+Nothing here looks at the root of a mount (a stat of a FUSE mount whose server is dead waits for the next server): paths are given as the
+kernel knows them, absolute and without symbolic links.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+VALUE_BYTES_MAX = 255  # of one fsconfig() string
+FUSE_READ_BYTES_MAX = 1 << 20
+
+_FUSECTL = "/sys/fs/fuse/connections"
+
+_AT_FDCWD = -100
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
+# Of META and LAZY themselves; what the task may do is the overlay mount's business.
+_LAYER_ATTRIBUTES = _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MS_BIND = 4096
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Mount(NamedTuple):
+    """A line of /proc/self/mountinfo: `minor` is that of its file system's st_dev, and the number of a FUSE connection."""
+
+    target: str
+    kind: str
+    source: str
+    minor: int
+
+
+class FuseMount(NamedTuple):
+    """A new FUSE mount: its connection's number, and the kernel's INIT request, which every server of it is fed."""
+
+    minor: int
+    init_request: bytes
+
+
+def mount_erofs(file: str, target: str) -> None:
+    """Mount an EROFS image straight from its file.  Raises OSError (ENOTBLK: the file lies on an overlay, or Linux < 6.12)."""
+    _mount("erofs", target, [("source", file)], ["ro"], _LAYER_ATTRIBUTES)
+
+
+def mount_overlay(
+    target: str,
+    lower: Sequence[str],
+    data: Sequence[str] = (),
+    upper: str | None = None,
+    work: str | None = None,
+    volatile: bool = False,
+) -> None:
+    """Mount `lower` directories (the first on top) over `data`, the data-only ones; read-only when there is no `upper`.
+
+    The root of the mount has mode, owner and times of `upper` itself: make that with `make_upper`.  Raises OSError; ValueError for
+    an upper without a work directory and the like.
+    """
+    if (upper is None) != (work is None) or (volatile and upper is None):
+        raise ValueError("an upper directory needs a work directory, and volatile means an upper directory")
+    options = [("source", "aerie")]
+    options += [("lowerdir+", path) for path in lower]
+    options += [("datadir+", path) for path in data]
+    if upper is not None and work is not None:
+        options += [("upperdir", _escape(upper)), ("workdir", _escape(work))]
+    # Always said, whatever the kernel's configuration has for defaults.
+    options += [("redirect_dir", "on"), ("metacopy", "on"), ("index", "off"), ("xino", "off")]
+    flags = (["volatile"] if volatile else []) + (["ro"] if upper is None else [])
+    _mount("overlay", target, options, flags, _MOUNT_ATTR_RDONLY if upper is None else 0)
+
+
+def make_upper(upper: str, work: str, meta: str) -> None:
+    """Make the upper and work directories of a mount over `meta`, a mounted META; its root's owner, mode, times and attributes too.
+
+    For a new mount only: later the upper's own root says what the task did to it.
+    """
+    os.makedirs(upper)
+    os.makedirs(work)
+    status = os.stat(meta)
+    os.chown(upper, status.st_uid, status.st_gid)
+    shutil.copystat(meta, upper)  # with the attributes; after the chown, which drops setgid
+
+
+def mount_fuse(target: str, fuse_descriptor: int) -> FuseMount:
+    """Mount a FUSE connection (a descriptor of /dev/fuse opened for it, blocking), read-only, for everybody.
+
+    The kernel waits for nobody: what touches the mount waits until a server has been fed the INIT request that this returns.
+    """
+    options = [("source", "aerie"), ("fd", str(fuse_descriptor)), ("rootmode", "40000"), ("user_id", "0"), ("group_id", "0")]
+    options.append(("max_read", str(FUSE_READ_BYTES_MAX)))
+    _mount("fuse", target, options, ["ro", "allow_other", "default_permissions"], _LAYER_ATTRIBUTES)
+    init_request = os.read(fuse_descriptor, FUSE_READ_BYTES_MAX + 4096)
+    # mountinfo, because fstat() of the mount would be a request to the server that does not exist yet.
+    return FuseMount(mounts_below(target)[0].minor, init_request)
+
+
+def bind(source: str, target: str) -> None:
+    """Make `source`, without what is mounted below it, appear at `target` too.  Raises OSError."""
+    if _libc.mount(os.fsencode(source), os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None):
+        raise _error(f"bind {source}", target)
+
+
+def unmount(target: str, lazily: bool = False) -> None:
+    """Remove the topmost mount at `target`; no error when nothing is mounted there, or the path is missing.
+
+    `lazily`: it disappears now and ends when its last user does.  Raises OSError (EBUSY while it is in use).
+    """
+    failed = _libc.umount2(os.fsencode(target), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0))
+    if failed and ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
+        raise _error("umount", target)
+
+
+def mounts_below(path: str) -> list[Mount]:
+    """The mounts at and below `path`, in the order in which they can be removed."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        return select_below(file, path)
+
+
+def select_below(mountinfo: Iterable[bytes], path: str) -> list[Mount]:
+    """`mounts_below` on given lines of a mountinfo file."""
+    found = []
+    for order, line in enumerate(mountinfo):
+        fields = line.split()
+        target = _unescape(fields[4])
+        if target == path or target.startswith(path.rstrip("/") + "/"):
+            kind, source = fields[fields.index(b"-", 6) + 1 :][:2]
+            mount = Mount(target, kind.decode(), _unescape(source), int(fields[2].partition(b":")[2]))
+            found.append((target.count("/"), order, mount))
+    # What is mounted on another mount is deeper, or came later.
+    return [mount for _, _, mount in sorted(found, reverse=True)]
+
+
+def abort_fuse(minor: int) -> None:
+    """End a FUSE connection: every request, waiting or to come, ends in an error.  No error when it is gone already."""
+    try:
+        _control_fuse(minor, "abort", 1)
+    except FileNotFoundError:
+        pass
+
+
+def tune_fuse(minor: int, max_background: int = 1024, congestion_threshold: int = 1024, read_ahead_kib: int = 1024) -> None:
+    """Let slow reads not keep ready ones waiting, and reads be large.  For when a server of the mount is Ready: its INIT reply would undo it."""
+    _control_fuse(minor, "max_background", max_background)
+    _control_fuse(minor, "congestion_threshold", congestion_threshold)
+    with open(f"/sys/class/bdi/0:{minor}/read_ahead_kb", "w") as file:
+        file.write(str(read_ahead_kib))
+
+
+def _control_fuse(minor: int, name: str, value: int) -> None:
+    if not any(mount.kind == "fusectl" for mount in mounts_below(_FUSECTL)):
+        _mount("fusectl", _FUSECTL, [("source", "none")])
+    with open(f"{_FUSECTL}/{minor}/{name}", "w") as file:
+        file.write(str(value))
+
+
+def _mount(kind: str, target: str, options: Sequence[tuple[str, str]], flags: Sequence[str] = (), attributes: int = 0) -> None:
+    what = f"mount {kind} {options[0][1]}"  # the source
+    context = _libc.fsopen(kind.encode(), _FSOPEN_CLOEXEC)
+    if context < 0:
+        raise _error(what, target)
+    try:
+        for name, value in options:
+            if len(os.fsencode(value)) > VALUE_BYTES_MAX:
+                raise OSError(errno.ENAMETOOLONG, f"{what}: {name} is longer than {VALUE_BYTES_MAX} bytes", value)
+            if _libc.fsconfig(context, _FSCONFIG_SET_STRING, name.encode(), os.fsencode(value), 0):
+                raise _error(f"{what}: {name}={value}", target, context)
+        for name in flags:
+            if _libc.fsconfig(context, _FSCONFIG_SET_FLAG, name.encode(), None, 0):
+                raise _error(f"{what}: {name}", target, context)
+        if _libc.fsconfig(context, _FSCONFIG_CMD_CREATE, None, None, 0):
+            raise _error(what, target, context)
+        mounted = _libc.fsmount(context, _FSMOUNT_CLOEXEC, attributes)
+        if mounted < 0:
+            raise _error(what, target, context)
+        try:
+            if _libc.move_mount(mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH):
+                raise _error(what, target)
+        finally:
+            os.close(mounted)
+    finally:
+        os.close(context)
+
+
+def _error(what: str, target: str, context: int | None = None) -> OSError:
+    """The OSError of the call that has just failed, with what the kernel wrote into the context's log."""
+    number = ctypes.get_errno()
+    said = [os.strerror(number)]
+    while context is not None:
+        try:
+            said.append(os.read(context, 8192).decode(errors="replace").strip())
+        except OSError:  # ENODATA: that was all
+            break
+    return OSError(number, f"{what}: {'; '.join(said)}", target)
+
+
+def _escape(path: str) -> str:
+    r"""Overlayfs still takes `\` for an escape in upperdir and workdir, though not in lowerdir+ and datadir+."""
+    return path.replace("\\", "\\\\")
+
+
+def _unescape(field: bytes) -> str:
+    """A path of mountinfo: space, tab, newline and backslash are octal there."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))

@@ -1,0 +1,96 @@
+"""OBJECTS: the content that is on this node's disk, one file an object, shared by every image, workspace and daemon on it.
+
+An object is there whole or not at all.  It is written as a file without a name (O_TMPFILE) and linked to its name when it is complete,
+so a crash of the writer leaves nothing.  A crash of the *machine* can leave a name whose content never reached the disk, and
+overlayfs would serve it: so `sync` records what is durable, and after a reboot `forget_unsynced` removes what was published later.
+
+Objects are root's and 0444; what a task may do with a file is decided by META alone, execution included.  Only root publishes.  A LAZY
+server has dropped to the task's uid and only reads; what it has fetched it can hand on as a descriptor, for root to check and publish.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import BinaryIO
+
+_PREFIXES = frozenset(f"{number:02x}" for number in range(256))
+_SYNCED = "synced"  # a file; objects whose change time is up to its modification time are durable
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Objects:
+    """The object directory, opened once: nothing but its descriptor is used afterwards.  Made, with its 256 prefixes, if missing."""
+
+    def __init__(self, directory: str) -> None:
+        os.makedirs(directory, mode=0o755, exist_ok=True)
+        self.descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for prefix in _PREFIXES.difference(os.listdir(self.descriptor)):
+            try:
+                os.mkdir(prefix, 0o755, dir_fd=self.descriptor)
+            except FileExistsError:
+                pass  # another daemon was faster
+        try:
+            os.close(os.open(_SYNCED, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.descriptor))
+            os.utime(_SYNCED, (0, 0), dir_fd=self.descriptor)
+        except FileExistsError:
+            pass
+
+    @staticmethod
+    def path(key: str) -> str:
+        """The object's path in the directory, and in LAZY: "ab/<62 hex>"."""
+        return f"{key[:2]}/{key[2:]}"
+
+    def has(self, key: str) -> bool:
+        return os.access(self.path(key), os.F_OK, dir_fd=self.descriptor, follow_symlinks=False)
+
+    def create(self) -> BinaryIO:
+        """A new file without a name, to be written, published and closed; closed without being published it never was."""
+        descriptor = os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o444, dir_fd=self.descriptor)
+        return os.fdopen(descriptor, "wb")
+
+    def publish(self, file: BinaryIO, key: str) -> bool:
+        """Name a created file, whose content is complete and checked; False when the object was there already.  Not yet durable."""
+        file.flush()
+        os.fchmod(file.fileno(), 0o444)  # whatever the umask said
+        try:
+            os.link(f"/proc/self/fd/{file.fileno()}", self.path(key), dst_dir_fd=self.descriptor, follow_symlinks=True)
+        except FileExistsError:
+            return False
+        return True
+
+    def sync(self) -> None:
+        """Make all objects published so far durable, with one syncfs(2), and record it."""
+        mark = os.open(_SYNCED, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self.descriptor)
+        try:
+            # The file system's own clock: what was linked before this has an earlier change time, or the same.
+            os.fchmod(mark, 0o600)
+            durable_ns = os.fstat(mark).st_ctime_ns
+            if _libc.syncfs(self.descriptor):
+                raise OSError(ctypes.get_errno(), f"syncfs: {os.strerror(ctypes.get_errno())}")
+            os.utime(mark, ns=(durable_ns, durable_ns))
+            os.fsync(mark)
+        finally:
+            os.close(mark)
+
+    def forget_unsynced(self) -> int:
+        """Remove what was published after the last `sync`, which the disk may have only in part; returns how many objects.
+
+        For the first start after a reboot, before anything is mounted.
+        """
+        durable_ns = os.stat(_SYNCED, dir_fd=self.descriptor).st_mtime_ns
+        removed = 0
+        for prefix in _PREFIXES:
+            directory = os.open(prefix, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.descriptor)
+            try:
+                for name in os.listdir(directory):
+                    if os.stat(name, dir_fd=directory, follow_symlinks=False).st_ctime_ns > durable_ns:
+                        os.unlink(name, dir_fd=directory)
+                        removed += 1
+            finally:
+                os.close(directory)
+        return removed
+
+    def close(self) -> None:
+        os.close(self.descriptor)

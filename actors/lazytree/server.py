@@ -1,0 +1,314 @@
+"""LAZY: a FUSE server (pyfuse3) that answers for the objects of one tree, read-only, as /ab/<62 hex>.
+
+It may be killed at any instruction.  Its parent holds /dev/fuse and the kernel's INIT request, and starts another on the same
+connection; readers wait meanwhile.  That works because
+
+- node ids are made of the object's index in the tree's table, so a new server knows every id that the kernel remembers; a file handle is
+  its node id;
+- content is immutable, so a request that the old server has answered in part, or answered and not lived to see it, can be served again;
+- libfuse does not know: it is given one end of a socket pair, is fed the recorded INIT through the other, and finds the real /dev/fuse
+  in the first one's place (dup2) when it writes its reply.
+
+The server has no path, no capability and no descriptor on its own mount once it serves, so neither a hostile store nor a close of
+its own can hang it.  What it does not know, or could not verify, is EIO within a bounded time, and its reason goes to the parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import stat
+import struct
+import traceback
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import pyfuse3
+import trio
+
+from actors.lazytree.table import ObjectTable, Row
+from actors.lazytree.wire import Progress, ReadFailed, Ready, ServeTree
+from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
+from supervisor.frames import Message
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+HEARTBEAT_S = 1.0
+TASKS_MAX = 1024  # requests in the server at once; a stuck one must not keep a ready one in the kernel's queue
+CACHED_S = 1 << 30  # names and attributes never change
+FAILURES_MAX = 1024  # distinct ones that are told to the parent
+REASON_CHARACTERS_MAX = 8192
+
+_FIRST_OBJECT = 2  # node id of the object at index 0; 1 is the root
+_DIRECTORIES = 1 << 40  # node id of the directory "00"; ids of objects are below
+_NOTIFY_RESEND = struct.Struct("<IiQ").pack(16, 7, 0)
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class SourceError(Exception):
+    """Content cannot be had, or is not what the tree lists; `reason` is for the task's record."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Source(Protocol):
+    """Where the content of a tree's objects comes from."""
+
+    async def read(self, index: int, row: Row, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes (within the object) at `offset` of the object in `row`, checked; or SourceError.
+
+        May be cancelled (the reader's time is up).  Blocking work belongs in a thread that can be abandoned.
+        """
+        ...
+
+
+class _Flight:
+    """A read that is under way, and everybody who wants the same bytes."""
+
+    def __init__(self) -> None:
+        self.landed = trio.Event()
+        self.data: bytes | None = None  # None: it failed
+
+
+class Reads:
+    """Reads from a source: identical ones are one, each ends within `timeout_s`, and each distinct failure is told once."""
+
+    def __init__(self, table: ObjectTable, source: Source, timeout_s: float, tell: Callable[[ReadFailed], None]) -> None:
+        self._table = table
+        self._source = source
+        self._timeout_s = timeout_s
+        self._tell = tell
+        self._flights: dict[tuple[int, int, int], _Flight] = {}
+        self._told: set[ReadFailed] = set()
+
+    async def read(self, index: int, offset: int, size: int) -> bytes | None:
+        """The bytes of the object there, fewer only at its end; None when they cannot be had."""
+        row = self._table.row(index)
+        size = min(size, row.size_bytes - offset)
+        if size <= 0:
+            return b""
+        key = (index, offset, size)
+        flight = self._flights.get(key)
+        if flight is not None:
+            await flight.landed.wait()
+            return flight.data
+        flight = self._flights[key] = _Flight()
+        try:
+            flight.data = await self._fetch(index, row, offset, size)
+        finally:
+            del self._flights[key]
+            flight.landed.set()
+        return flight.data
+
+    async def _fetch(self, index: int, row: Row, offset: int, size: int) -> bytes | None:
+        reason = f"no content within {self._timeout_s:g} s"
+        with trio.move_on_after(self._timeout_s):
+            try:
+                data = await self._source.read(index, row, offset, size)
+            except SourceError as error:
+                reason = error.reason
+            except Exception as error:  # noqa: BLE001 (a fault of one read must not be the end of the mount)
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                if len(data) == size:
+                    return data
+                reason = "the source gave another number of bytes than it was asked for"
+        # Whatever an exception's text holds, it must fit a message.
+        failure = ReadFailed(row.key, reason.encode("utf-8", "backslashreplace").decode()[:REASON_CHARACTERS_MAX])
+        if failure not in self._told and len(self._told) < FAILURES_MAX:
+            self._told.add(failure)
+            self._tell(failure)
+        return None
+
+
+def _answered(
+    handler: Callable[Concatenate[LazyTree, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[LazyTree, P], Coroutine[Any, Any, R]]:
+    """Count a request, and let no exception but FUSEError out: pyfuse3 would end the mount."""
+
+    @wraps(handler)
+    async def answer(self: LazyTree, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.waiting += 1
+        try:
+            return await handler(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception:  # noqa: BLE001 (see above)
+            traceback.print_exc()
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            self.waiting -= 1
+            self.answered += 1
+
+    return answer
+
+
+class LazyTree(pyfuse3.Operations):
+    """The requests that overlayfs makes.
+
+    Not here, and so answered with ENOSYS, once for the life of the connection: flush (close() of a file on the mount never waits for
+    a server), getxattr and listxattr (a third of all requests otherwise).
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(self, table: ObjectTable, reads: Reads, connect: Callable[[], None]) -> None:
+        super().__init__()
+        self._table = table
+        self._reads = reads
+        self._connect = connect
+        self.answered = 0
+        self.waiting = 0
+
+    def init(self) -> None:
+        self._connect()
+
+    def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.entry_timeout = entry.attr_timeout = CACHED_S
+        if inode == pyfuse3.ROOT_INODE or _DIRECTORIES <= inode < _DIRECTORIES + 256:
+            entry.st_mode, entry.st_nlink = stat.S_IFDIR | 0o555, 2
+        else:
+            entry.st_mode, entry.st_nlink = stat.S_IFREG | 0o444, 1
+            entry.st_size = self._table.row(self._index(inode)).size_bytes
+        return entry
+
+    def _index(self, inode: int) -> int:
+        index = inode - _FIRST_OBJECT
+        if not 0 <= index < len(self._table):
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return index
+
+    @_answered
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._attributes(inode)
+
+    @_answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        text = name.decode("ascii", "replace")
+        if parent_inode == pyfuse3.ROOT_INODE:
+            number = int(text, 16) if len(text) == 2 and set(text) <= set("0123456789abcdef") else None
+            if number is not None:
+                return self._attributes(_DIRECTORIES + number)
+        else:
+            index = self._table.find(f"{parent_inode - _DIRECTORIES:02x}{text}")
+            if index is not None:
+                return self._attributes(_FIRST_OBJECT + index)
+        raise pyfuse3.FUSEError(errno.ENOENT)
+
+    @_answered
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        data = pyfuse3.StatvfsData()  # overlayfs asks, and takes the length of names from it
+        data.f_bsize = data.f_frsize = 4096
+        data.f_namemax = 255
+        return data
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        self._index(inode)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    @_answered
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        data = await self._reads.read(self._index(fh), off, size)
+        if data is None:
+            raise pyfuse3.FUSEError(errno.EIO)
+        return data
+
+    async def release(self, fh: int) -> None:
+        pass
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        pass  # nothing is kept for a node id
+
+
+class Report:
+    """What the parent is told: that the server serves, its heartbeat and its failures.  It never waits for the parent to listen."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._unsent: deque[Message] = deque()
+        self._more = trio.Event()
+
+    def tell(self, message: Message) -> None:
+        self._unsent.append(message)
+        self._more.set()
+
+    async def run(self, tree: LazyTree) -> None:
+        try:
+            while True:
+                try:
+                    while self._unsent:
+                        self._channel.send(self._unsent[0], timeout_s=0)
+                        self._unsent.popleft()
+                    self._channel.send(Progress(tree.answered, tree.waiting), timeout_s=0)
+                except ChannelTimeout:
+                    pass  # nobody listens just now: the rest is kept, a heartbeat would be of no use later
+                self._more = trio.Event()
+                with trio.move_on_after(HEARTBEAT_S):
+                    await self._more.wait()
+        except ChannelClosed:
+            pass  # the parent is being replaced; the mount is served on
+
+
+def drop_privileges(uid: int, gid: int) -> None:
+    """Become `uid`:`gid` for good: no other group, no capability, none to be gained by exec.
+
+    Not dumpable: a task has the same uid and must not trace this process nor read its memory; root still may, pidfd_getfd(2) included.
+    """
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)  # from 0 to another: all capabilities go
+    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_DUMPABLE, 0)):
+        if _libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)):
+            raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
+
+
+def serve_tree(channel: Channel, fuse_descriptor: int, arguments: ServeTree, table: ObjectTable, source: Source) -> None:
+    """Serve until the mount is gone.  It takes a closed channel for a parent that is being replaced, and goes on."""
+    trio.run(_serve_tree, channel, fuse_descriptor, arguments, table, source)
+
+
+async def _serve_tree(channel: Channel, fuse_descriptor: int, arguments: ServeTree, table: ObjectTable, source: Source) -> None:
+    report = Report(channel)
+    reads = Reads(table, source, arguments.read_timeout_s, report.tell)
+    connected = trio.Event()
+    feeder, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    session_descriptor = session.detach()
+    os.set_blocking(session_descriptor, False)
+
+    def connect() -> None:
+        os.dup2(fuse_descriptor, session_descriptor, inheritable=False)
+        os.set_blocking(session_descriptor, False)
+        os.close(fuse_descriptor)
+        connected.set()
+
+    tree = LazyTree(table, reads, connect)
+    pyfuse3.init(tree, f"/dev/fd/{session_descriptor}", set())
+    feeder.send(arguments.init_request)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_run_session, nursery.cancel_scope)
+        await connected.wait()
+        feeder.close()
+        if arguments.replacement:
+            # What the dead server had read and not answered is queued again.  After the INIT reply, or INIT itself would be; and before
+            # anything else is read here (this task was woken before pyfuse3 can ask for more), or that would be served twice.
+            os.write(session_descriptor, _NOTIFY_RESEND)
+        report.tell(Ready())
+        nursery.start_soon(report.run, tree)
+
+
+async def _run_session(scope: trio.CancelScope) -> None:
+    await pyfuse3.main(min_tasks=1, max_tasks=TASKS_MAX)
+    scope.cancel()  # the mount is gone

@@ -1,0 +1,352 @@
+"""The MountActor of one task: its workspace, from the store's listing to the last byte synced back.
+
+It decides when the mount is made, served again and removed.  The mount itself, the FUSE server and the connection's descriptor
+belong to the keeper and the kernel: this actor may be restarted at any moment and finds them again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from typing import Any
+
+from loguru import logger
+
+from actors.lazytree import mounts
+from actors.lazytree.objects import Objects
+from actors.lazytree.table import ObjectTable
+from actors.lazytree.wire import Progress, ReadFailed, Ready, ServeTree
+from actors.mount import messages, wire
+from actors.mount.syncer import keep_for_later
+from actors.sandbox.messages import ReadFailed as TaskReadFailed
+from actors.services import SYNCER, Services, sandbox_name
+from supervisor.actor import Actor, Answer, Refused, Worked, WorkFailed
+from supervisor.channel import Channel
+from supervisor.frames import Codec, Message
+from supervisor.isolation import Process
+from supervisor.pidfd import pid_of
+from supervisor.processes import ProcessRow
+from supervisor.tree import System
+from supervisor.worker import Ended, Said, Started, Worker
+
+SERVER_SAYS = Codec(Ready, Progress, ReadFailed)
+BACKOFF_S = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5, 1.0)  # before the n-th server in a row that never served
+"""The first three at once: a reader inside the task waits for it."""
+
+
+class _NotReady(Message):
+    """The time for a mount to be ready is over."""
+
+
+class _ServeAgain(Message):
+    pass
+
+
+class MountActor(Actor):
+    """Messages: MountWorkspace, SyncWorkspace, UnmountWorkspace, MountPath."""
+
+    def __init__(self, system: System, name: str, services: Services, task: str) -> None:
+        super().__init__(system, name)
+        self._services = services
+        self._task = task
+        self._layout = services.layout.task(task)
+        self._server = Worker(self, services.watcher, f"workspace mount {task}")
+        self._workspace = ""
+        self._mounted = False
+        self._served = False
+        self._failures = 0
+        self._releasing = False
+        self._minor = 0
+        self._mounting: list[Any] = []
+        self._syncing: list[Any] = []
+        self._unmounting: list[Any] = []
+        self._keep_staging = False
+        self._asked: dict[int, str] = {}
+        self._timer: Any = None
+
+    # --- the names under which the keeper holds what this mount needs ---
+
+    @property
+    def _fuse(self) -> str:
+        return f"fuse/{self._task}"
+
+    @property
+    def _channel(self) -> str:
+        return f"channel/{self._task}"
+
+    @property
+    def _pidfd(self) -> str:
+        return f"server/{self._task}"
+
+    def on_begin(self) -> None:
+        """Find what an earlier incarnation left: a mount, its server, or nothing."""
+        found = {mount.target: mount for mount in mounts.mounts_below(str(self._layout.volatile))}
+        self._mounted = str(self._layout.workspace) in found
+        if str(self._layout.workspace_lazy) in found:
+            self._minor = found[str(self._layout.workspace_lazy)].minor
+        if (mark := self._layout.workspace_home / "name").exists():
+            self._workspace = mark.read_text()
+        if self._services.descriptors.get(self._fuse) is not None and self._mounted:
+            self._find_server()
+
+    def on_end(self, reason: object) -> None:
+        self._server.let_go()
+
+    def on_message(self, message: Any) -> Any:
+        match message:
+            case messages.MountWorkspace(_, workspace):
+                return self._mount(workspace)
+            case messages.SyncWorkspace():
+                return self._sync()
+            case messages.UnmountWorkspace(_, keep_staging):
+                return self._unmount(keep_staging)
+            case messages.MountPath():
+                return messages.Path(str(self._layout.workspace) if self._mounted else "")
+            case Answer(number, value) if number in self._asked:
+                self._syncer_answered(self._asked.pop(number), value)
+            case Refused(number, error) if number in self._asked:
+                if self._asked.pop(number) == "index":
+                    self._failed(error)
+                else:
+                    self._synced("sync_failed", [], error)
+            case Worked("mount", _):
+                self._is_mounted()
+            case WorkFailed("mount", error):
+                self._failed(str(error))
+            case Worked("open", minor):
+                self._minor = minor
+                self._serve()
+            case WorkFailed("open", error):
+                self._failed(str(error))
+            case Worked("unmount", _):
+                self._is_unmounted()
+            case WorkFailed("unmount", error):
+                logger.error("the workspace of {} could not be unmounted, trying again: {}", self._task, error)
+                self.after(1.0, messages.UnmountWorkspace(self._task, self._keep_staging))
+                self._releasing = False
+            case _NotReady() if self._mounting:
+                self._failed(f"the workspace was not ready within {self._services.settings.mount.ready_timeout_s:g} s")
+            case _ServeAgain():
+                if self._services.descriptors.get(self._fuse) is not None and not self._releasing:
+                    self._serve()
+            case _:
+                self._from_server(message)
+        return None
+
+    # --- mounting ---
+
+    def _mount(self, workspace: str) -> Any:
+        if self._mounted:
+            return messages.WorkspaceMounted(str(self._layout.workspace))
+        reply = self.deferred()
+        self._mounting.append(reply)
+        if len(self._mounting) == 1:
+            self._workspace = workspace
+            settings = self._services.settings
+            self._layout.workspace_home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self._layout.workspace_home / "name").write_text(workspace)
+            job = wire.IndexWorkspace(
+                f"index {self._task}", self._store, str(self._layout.workspace_home), settings.image.cache_dir
+            )
+            self._asked[self.request(SYNCER, job)] = "index"
+            self._timer = self.after(settings.mount.ready_timeout_s, _NotReady())
+        return reply
+
+    @property
+    def _store(self) -> str:
+        return str(self._services.layout.workspaces / self._workspace)
+
+    def _syncer_answered(self, what: str, value: Any) -> None:
+        match value:
+            case wire.Indexed(objects=0):
+                self._put_together()
+            case wire.Indexed():
+                self.work("open", self._open_fuse)
+            case wire.Synced():
+                self._synced(value.outcome, value.conflicts, value.error or None)
+            case wire.JobFailed(_, error) if what == "index":
+                self._failed(error)
+            case wire.JobFailed(_, error):
+                self._synced("sync_failed", [], error)
+
+    def _open_fuse(self) -> int:
+        """Mount LAZY, which nobody serves yet; the keeper holds the connection and the kernel's INIT request."""
+        lazy = self._layout.workspace_lazy
+        lazy.mkdir(mode=0o755, parents=True, exist_ok=True)
+        mounts.unmount(str(lazy), lazily=True)
+        connection = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            mounted = mounts.mount_fuse(str(lazy), connection)
+        except OSError:
+            os.close(connection)
+            raise
+        self._services.descriptors.keep({self._fuse: connection}, {self._fuse: mounted.init_request})
+        return mounted.minor
+
+    def _serve(self) -> None:
+        self._server.start(self._make_server)
+
+    def _make_server(self) -> Process:
+        descriptors, settings = self._services.descriptors, self._services.settings
+        connection = descriptors.get(self._fuse)
+        assert connection is not None
+        order = ServeTree(
+            table=str(self._layout.workspace_home / "table"),
+            store=self._store,
+            init_request=descriptors.data(self._fuse),
+            replacement=self._served,
+            read_timeout_s=settings.mount.read_timeout_s,
+            uid=settings.sandbox.uid,
+            gid=settings.sandbox.gid,
+        )
+        process = self._services.isolation.start(
+            self._server.name, "actors.mount.serve:serve", order, SERVER_SAYS, [connection]
+        )
+        # Kept as well, so that the next root supervisor can watch and hear it.
+        descriptors.keep({self._pidfd: os.dup(process.pidfd), self._channel: os.dup(process.channel.fileno())})
+        return process
+
+    def _find_server(self) -> None:
+        """Watch the server that an earlier incarnation started; one that has died meanwhile is replaced at once."""
+        descriptors = self._services.descriptors
+        pidfd, channel = descriptors.get(self._pidfd), descriptors.get(self._channel)
+        self._served = True
+        if pidfd is None or channel is None:
+            self._serve()
+            return
+        process = Process(self._server.name, pid_of(pidfd) or 0, os.dup(pidfd), Channel(socket.socket(fileno=os.dup(channel)), SERVER_SAYS))
+        self._server.adopt(process)
+        self._show_server()
+
+    def _from_server(self, message: Any) -> None:
+        match self._server.take(message):
+            case Started():
+                self._show_server()
+            case Said(_, _, Ready()):
+                self._failures = 0
+                if not self._served:
+                    self._served = True
+                    self._put_together()
+            case Said(_, _, ReadFailed(_, reason)):
+                self.system.tell(sandbox_name(self._task), TaskReadFailed(self._task, reason))
+            case Ended(_, _, how):
+                self._services.processes.remove(self.name, self._server.name)
+                if not self._releasing:
+                    logger.warning("{} has ended ({}); another one takes its place", self._server.name, how)
+                    self.after(BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)], _ServeAgain())
+                    self._failures += 1
+
+    def _show_server(self) -> None:
+        row = ProcessRow(self._server.name, self._server.pid or 0, self._server.restarts)
+        self._services.processes.put(self.name, row)
+
+    def _put_together(self) -> None:
+        self.work("mount", self._mount_tree)
+
+    def _mount_tree(self) -> None:
+        """Put META, OBJECTS and LAZY together, and prove that LAZY answers; in a worker thread, for the kernel may wait for the server."""
+        layout = self._layout
+        objects = self._services.settings.image.cache_dir
+        for part in (layout.workspace_meta, layout.workspace):
+            part.mkdir(mode=0o755, parents=True, exist_ok=True)
+        mounts.unmount(str(layout.workspace_meta), lazily=True)
+        mounts.mount_erofs(str(layout.workspace_home / "meta.erofs"), str(layout.workspace_meta))
+        data = [objects]
+        if self._minor:
+            mounts.tune_fuse(self._minor)
+            data.append(str(layout.workspace_lazy))
+            self._read_through()
+        if not layout.staging.exists():
+            mounts.make_upper(str(layout.staging), str(layout.staging_work), str(layout.workspace_meta))
+        mounts.mount_overlay(
+            str(layout.workspace), [str(layout.workspace_meta)], data, str(layout.staging), str(layout.staging_work)
+        )
+
+    def _read_through(self) -> None:
+        """Read a byte of some object: ready is who has answered.  An object that cannot be had is an answer too."""
+        table = ObjectTable(str(self._layout.workspace_home / "table"))
+        try:
+            path = self._layout.workspace_lazy / Objects.path(table.row(0).key)
+        finally:
+            table.close()
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.read(1)
+        except OSError as error:
+            logger.debug("the first read of {} was answered with {}", self._layout.workspace_lazy, error)
+
+    def _is_mounted(self) -> None:
+        self._mounted = True
+        self._answer(self._mounting, messages.WorkspaceMounted(str(self._layout.workspace)))
+        if self._unmounting:
+            self._release()
+
+    def _failed(self, error: str) -> None:
+        """The mount could not be made: whoever waits is told, and nothing of it stays."""
+        waiting, self._mounting = self._mounting, []
+        for reply in waiting:
+            reply.set_exception(OSError(error))
+        if self._minor:
+            mounts.abort_fuse(self._minor)  # frees who waits for a server in the kernel, our own worker thread included
+        self._keep_staging = False
+        self._release()
+
+    # --- the way back ---
+
+    def _sync(self) -> Any:
+        reply = self.deferred()
+        self._syncing.append(reply)
+        if len(self._syncing) == 1:
+            home = str(self._layout.workspace_home)
+            job = wire.SyncWorkspace(f"sync {self._task}", self._task, self._store, home)
+            self._asked[self.request(SYNCER, job)] = "sync"
+        return reply
+
+    def _synced(self, outcome: str, conflicts: list[str], error: str | None) -> None:
+        if outcome == "sync_failed":
+            keep_for_later(self._layout.workspace_home, self._store)
+        self._answer(self._syncing, messages.WorkspaceSynced(outcome, conflicts, error))
+
+    # --- the end ---
+
+    def _unmount(self, keep_staging: bool) -> Any:
+        reply = self.deferred()
+        self._unmounting.append(reply)
+        self._keep_staging = keep_staging
+        if not self._mounting:  # else as soon as what is being made is there, or has failed
+            self._release()
+        return reply
+
+    def _release(self) -> None:
+        if not self._releasing:
+            self._releasing = True
+            self.work("unmount", self._unmount_tree)
+
+    def _unmount_tree(self) -> None:
+        unmount_tree(self._services, self._task, self._keep_staging)
+
+    def _is_unmounted(self) -> None:
+        self._mounted = False
+        self._server.kill()
+        self._services.descriptors.drop(self._fuse, self._channel, self._pidfd)
+        self._answer(self._unmounting, messages.Unmounted())
+        self.finish()
+
+    def _answer(self, waiting: list[Any], answer: Message) -> None:
+        for reply in waiting:
+            reply.set(answer)
+        waiting.clear()
+
+
+def unmount_tree(services: Services, task: str, keep_staging: bool) -> None:
+    """Remove whatever of a task's workspace is there.  Raises OSError."""
+    layout = services.layout.task(task)
+    for target in (layout.workspace, layout.workspace_meta, layout.workspace_lazy):
+        mounts.unmount(str(target), lazily=True)
+    for directory in (layout.workspace, layout.workspace_meta, layout.workspace_lazy):
+        if directory.exists():
+            directory.rmdir()
+    if not keep_staging:
+        shutil.rmtree(layout.workspace_home, ignore_errors=True)
+

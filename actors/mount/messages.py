@@ -1,0 +1,75 @@
+"""What may be said to the mounts and to one mount (the seed's MountManager), and what they answer."""
+
+from __future__ import annotations
+
+from supervisor.frames import Message
+
+
+class MountWorkspace(Message):
+    """Mount the workspace NAME for a task → WorkspaceMounted, once a read through the mount has been answered; or Refused.
+
+    Asked again for a mounted task: the same path.
+    """
+
+    task: str
+    workspace: str
+
+
+class WorkspaceMounted(Message):
+    path: str
+
+
+class SyncWorkspace(Message):
+    """Bring back to the store what the task changed → WorkspaceSynced."""
+
+    task: str
+
+
+class WorkspaceSynced(Message):
+    """`outcome`: synced, conflict or sync_failed.  `conflicts`: paths kept beside the store's own.  `error`: why it failed."""
+
+    outcome: str
+    conflicts: list[str]
+    error: str | None
+
+
+class UnmountWorkspace(Message):
+    """Stop, unmount and remove a task's mount → Unmounted; an unknown task is no error.
+
+    `keep_staging`: what the task changed has not reached the store and must stay.
+    """
+
+    task: str
+    keep_staging: bool = False
+
+
+class Unmounted(Message):
+    pass
+
+
+class MountPath(Message):
+    """→ Path: where a task's workspace is mounted; empty when it is not."""
+
+    task: str
+
+
+class Path(Message):
+    path: str
+
+
+class ActiveMounts(Message):
+    """→ Count"""
+
+
+class CleanupStale(Message):
+    """Unmount what belongs to no task of `active`, an earlier run's leavings included → Count of what was removed."""
+
+    active: list[str]
+
+
+class CleanupAll(Message):
+    """Unmount everything → Count."""
+
+
+class Count(Message):
+    count: int

@@ -1,0 +1,141 @@
+"""The syncer: one isolated process for the node.  It lists stores and syncs workspaces, some at once, and may be killed at any instant."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import queue
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
+from typing import Any
+
+from actors.lazytree.objects import Objects
+from actors.mount import listing
+from actors.mount.sync import sync
+from actors.mount.wire import JOBS, TEXT_BYTES_MAX, Indexed, IndexWorkspace, JobFailed, Progress, Synced, SyncWorkspace
+from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
+from supervisor.frames import Message
+
+HEARTBEAT_S = 1.0
+INDEXING_MAX, SYNCING_MAX = 2, 4  # jobs at once; a listing never waits for an upload
+
+_libc = ctypes.CDLL(None)
+
+
+def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """The entry: do jobs until the channel is closed; jobs in hand then end with the process."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+    # A listing makes a hundred thousand objects and no cycles: collections would cost as much as the listing.
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 50)
+    channel = Channel(end, JOBS)
+    indexing = _Workers(channel, INDEXING_MAX, _index)
+    syncing = _Workers(channel, SYNCING_MAX, _sync)
+    beat_s = time.monotonic()
+    while True:
+        try:
+            job, came = channel.receive(max(0.0, beat_s - time.monotonic()))
+            for descriptor in came:
+                os.close(descriptor)
+            (indexing if isinstance(job, IndexWorkspace) else syncing).jobs.put(job)
+        except ChannelTimeout:
+            beat_s = time.monotonic() + HEARTBEAT_S
+            beat = Progress(indexing.running + syncing.running, indexing.jobs.qsize() + syncing.jobs.qsize())
+            try:
+                channel.send(beat, timeout_s=0)
+            except ChannelTimeout:
+                pass  # the parent has not read the last ones yet; it is not for us to wait
+            except ChannelClosed:
+                return
+        except ChannelClosed:
+            return
+
+
+class _Workers:
+    """Threads that do jobs and send the answers.  They are no reason for the process to stay."""
+
+    def __init__(self, channel: Channel, count: int, work: Callable[[Any, Callable[[Message], None]], None]) -> None:
+        self.jobs: queue.SimpleQueue[IndexWorkspace | SyncWorkspace] = queue.SimpleQueue()
+        self.running = 0
+        self._channel = channel
+        self._work = work
+        self._lock = threading.Lock()
+        for _ in range(count):
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            job = self.jobs.get()
+            self._count(1)
+            try:
+                self._work(job, self._send)
+            except ChannelClosed:
+                return
+            except Exception as error:  # noqa: BLE001 (whatever it is, the job has an answer, and the other jobs go on)
+                traceback.print_exc()
+                self._send(JobFailed(job.job, f"{type(error).__name__}: {error}"))
+            _libc.malloc_trim(0)  # a listing's memory goes back to the node
+            self._count(-1)
+
+    def _send(self, answer: Message) -> None:
+        self._channel.send(answer, timeout_s=None)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self.running += change
+
+
+def _index(job: IndexWorkspace, send: Callable[[Message], None]) -> None:
+    with closing(Objects(job.objects_dir)) as objects:
+        try:
+            listed = listing.index(job.store, job.directory, objects, job.bounds, job.small_bytes_max, job.small_s)
+        except (OSError, listing.TreeTooLarge) as error:
+            send(JobFailed(job.job, str(error)))
+            return
+    skipped, skipped_count = _shown(f"{_readable(path)}: {reason}" for path, reason in listed.skipped)
+    send(Indexed(job.job, listed.entries, listed.objects, listed.content_bytes, listed.missing, skipped, skipped_count))
+    with suppress(FileNotFoundError):  # the task is over already
+        listing.make_listing_durable(job.directory)  # nobody needs to wait for it: staging is empty still
+
+
+def _sync(job: SyncWorkspace, send: Callable[[Message], None]) -> None:
+    done = sync(job.store, job.directory, job.task, job.bounds, job.running)
+    conflicts, conflicts_count = _shown(
+        f"{_readable(conflict.path)}{f' (now {_readable(conflict.beside)})' if conflict.beside else ''}: {conflict.reason}"
+        for conflict in done.conflicts
+    )
+    skipped, skipped_count = _shown(f"{_readable(path)}: {reason}" for path, reason in done.skipped)
+    send(
+        Synced(
+            job.job,
+            done.outcome,
+            conflicts,
+            conflicts_count,
+            skipped,
+            skipped_count,
+            done.error,
+            done.files,
+            done.written_bytes,
+        )
+    )
+
+
+def _readable(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace")
+
+
+def _shown(texts: Iterable[str]) -> tuple[list[str], int]:
+    """As many of the texts as fit into half an answer, and how many there are."""
+    shown, count, left_bytes = [], 0, TEXT_BYTES_MAX // 2
+    for text in texts:
+        count += 1
+        left_bytes -= len(text.encode())
+        if left_bytes >= 0:
+            shown.append(text)
+    return shown, count

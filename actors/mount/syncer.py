@@ -1,0 +1,109 @@
+"""The actor of the node's one syncer process: hands it jobs, and hands them to its successor when it dies.
+
+A workspace whose sync failed keeps its staging directory, and is tried again here every RETRY_S until it succeeds; also after
+a restart of the daemon, for the directory itself says that it is not done.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from actors.mount import wire
+from actors.services import SYNCER, Services
+from supervisor.actor import Actor
+from supervisor.frames import Message
+from supervisor.isolation import Process
+from supervisor.processes import ProcessRow
+from supervisor.tree import System
+from supervisor.worker import Ended, Said, Started, Worker
+
+RETRY_S = 60.0
+RESTART_S = 0.2  # after a syncer that could not do without dying
+
+
+class _Retry(Message):
+    pass
+
+
+class _StartAgain(Message):
+    pass
+
+
+class SyncerActor(Actor):
+    """Messages: `wire.IndexWorkspace` and `wire.SyncWorkspace`; the answer is the process's, later."""
+
+    def __init__(self, system: System, name: str, services: Services) -> None:
+        super().__init__(system, name)
+        self._services = services
+        self._worker = Worker(self, services.watcher, SYNCER)
+        self._jobs: dict[str, tuple[Message, list[Any]]] = {}
+
+    def on_begin(self) -> None:
+        self._worker.start(self._make)
+        self.after(RETRY_S, _Retry())
+
+    def on_end(self, reason: object) -> None:
+        # It ends by itself when its channel is closed; jobs in hand are asked for again.
+        self._worker.let_go()
+
+    def on_message(self, message: Any) -> Any:
+        match message:
+            case wire.IndexWorkspace() | wire.SyncWorkspace():
+                return self._take(message)
+            case _Retry():
+                self._retry()
+                self.after(RETRY_S, message)
+                return None
+            case _StartAgain():
+                self._worker.start(self._make)
+                return None
+        match self._worker.take(message):
+            case Started():
+                self._services.processes.put(self.name, ProcessRow(SYNCER, self._worker.pid or 0, self._worker.restarts))
+                for job, _ in self._jobs.values():
+                    self._worker.send(job)
+            case Said(_, _, wire.Indexed() | wire.Synced() | wire.JobFailed() as answer):
+                _, waiting = self._jobs.pop(answer.job, (None, []))
+                for reply in waiting:
+                    reply.set(answer)
+            case Ended(_, _, how):
+                logger.warning("the syncer has ended ({}); its {} jobs go to another one", how, len(self._jobs))
+                self._services.processes.remove(self.name, SYNCER)
+                self.after(RESTART_S if self._worker.restarts > 1 else 0.0, _StartAgain())
+        return None
+
+    def _take(self, job: wire.IndexWorkspace | wire.SyncWorkspace) -> Any:
+        """Hand a job over, once: who asks again while it is done gets the same answer."""
+        reply = self.deferred()
+        if job.job in self._jobs:
+            self._jobs[job.job][1].append(reply)
+        else:
+            self._jobs[job.job] = (job, [reply])
+            self._worker.send(job)
+        return reply
+
+    def _retry(self) -> None:
+        for job in unfinished(self._services):
+            if job.job not in self._jobs:
+                self._jobs[job.job] = (job, [])
+                self._worker.send(job)
+
+    def _make(self) -> Process:
+        return self._services.isolation.start(SYNCER, "actors.mount.process:serve", wire.Progress(0, 0), wire.ANSWERS)
+
+
+def keep_for_later(home: Path, store: str) -> None:
+    """Note in a workspace's directory that its staging has not reached the store."""
+    (home / "unsynced").write_text(store)
+
+
+def unfinished(services: Services) -> list[wire.SyncWorkspace]:
+    """Jobs for the workspaces whose last sync failed."""
+    homes = (services.layout.state / "tasks").glob("*/workspace/unsynced")
+    return [
+        wire.SyncWorkspace(f"again {mark.parent.parent.name}", mark.parent.parent.name, mark.read_text(), str(mark.parent))
+        for mark in homes
+    ]

@@ -1,0 +1,93 @@
+"""Messages between the mount supervisor and the syncer process.
+
+Jobs go one way, and each has one answer: `Indexed` or `Synced`, or `JobFailed` when it could not be done at all.  Jobs of a syncer that
+died are sent again to its successor; to do one twice is harmless.
+"""
+
+from __future__ import annotations
+
+from actors.mount.listing import Bounds
+from supervisor.frames import Codec, Message
+
+TEXT_BYTES_MAX = 32 << 10  # of all the paths in one answer
+
+
+class IndexWorkspace(Message):
+    """Make META, object table and listing of `store`, which is made if it is missing, in the task's `directory`.
+
+    Small files are copied to `objects_dir`, at most `small_bytes_max` in all and for at most `small_s`.
+    """
+
+    job: str
+    store: str
+    directory: str
+    objects_dir: str
+    bounds: Bounds = Bounds()
+    small_bytes_max: int = 256 << 20
+    small_s: float = 1.0
+
+
+class Indexed(Message):
+    """`entries` are listed.  `objects`: files that are not empty, of `content_bytes`; `missing` of them are not in OBJECTS.
+
+    `skipped`: what of the store is not in the snapshot, and why; cut at some thousand bytes, `skipped_count` is all of it.
+    """
+
+    job: str
+    entries: int
+    objects: int
+    content_bytes: int
+    missing: int
+    skipped: list[str]
+    skipped_count: int
+
+
+class SyncWorkspace(Message):
+    """Merge the staging directory `directory`/upper, of a workspace indexed there, into `store`.
+
+    `running`: the task goes on, and a sync after its end will follow; what it may still read from the store is left alone.
+    """
+
+    job: str
+    task: str
+    store: str
+    directory: str
+    running: bool = False
+    bounds: Bounds = Bounds()
+
+
+class Synced(Message):
+    """The outcome: `synced`, `conflict`, or `sync_failed` with the reason in `error`; the task's directory then stays for another sync.
+
+    What is said to be in the store is durable.  `conflicts`: paths whose change was not applied, where the task's version went instead, and why;
+    `skipped`: what is never synced (devices, sockets...).  Both are cut as above.  `files`
+    and `written_bytes` were written by this job.
+    """
+
+    job: str
+    outcome: str
+    conflicts: list[str]
+    conflicts_count: int
+    skipped: list[str]
+    skipped_count: int
+    error: str
+    files: int
+    written_bytes: int
+
+
+class JobFailed(Message):
+    """The job could not be done; the text says why."""
+
+    job: str
+    error: str
+
+
+class Progress(Message):
+    """Heartbeat, every second: jobs being done, and waiting to be."""
+
+    running: int
+    waiting: int
+
+
+JOBS = Codec(IndexWorkspace, SyncWorkspace)  # what the process accepts
+ANSWERS = Codec(Indexed, Synced, JobFailed, Progress)  # what its parent accepts

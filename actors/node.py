@@ -1,0 +1,170 @@
+"""The node on one screen: what the root supervisor's process is made of, in which order it starts, and how it ends.
+
+    root (one_for_one)
+     ├─ output                  OutputActor: journals → console, files
+     ├─ images                  ImageActor: image → lease on a mounted root
+     ├─ mounts                  Mount supervisor, dynamic
+     │   ├─ syncer              the actor of the syncer process
+     │   └─ mount TASK          MountActor, one to a task with a workspace
+     ├─ sandboxes               Sandbox supervisor, dynamic
+     │   └─ sandbox TASK        SandboxActor, one to a task
+     └─ gateway                 GatewayActor: where tasks come from; last to start, first to stop
+
+Starting is recovery: every actor looks what is there and goes on.  This process may be killed at any instant; the keeper starts it
+again and gives it what it held.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from loguru import logger
+
+from actors.daemon import process_argv
+from actors.gateway.actor import Drain, GatewayActor
+from actors.gateway.local import listen
+from actors.gateway.messages import SOCKET_NAME
+from actors.image.actor import ImageActor
+from actors.image.messages import CloseImages
+from actors.lazytree import mounts
+from actors.lazytree.objects import Objects
+from actors.layout import Layout
+from actors.mount.messages import CleanupAll
+from actors.mount.supervisor import MountSupervisor, clean_stale
+from actors.mount.syncer import SyncerActor
+from actors.output.actor import OutputActor
+from actors.records import MIGRATIONS
+from actors.sandbox.supervisor import SandboxSupervisor
+from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, SANDBOXES, SYNCER, Services
+from actors.settings import Settings, load_settings
+from supervisor.descriptors import Descriptors
+from supervisor.isolation import Isolation
+from supervisor.keeper import EXIT_REFUSES
+from supervisor.lockfile import LockFile
+from supervisor.processes import ProcessTable
+from supervisor.spec import ChildSpec
+from supervisor.store import SchemaTooNew, Store
+from supervisor.tree import Supervisor, System
+from supervisor.watch import Watcher
+
+LISTENER = "listener/gateway"
+STOP_TIMEOUT_S = 30.0
+
+
+def main() -> int:
+    """Be the root supervisor → the exit code: 0 after a drain, EXIT_REFUSES when starting again would not help."""
+    logger.remove()
+    logger.add(sys.stderr, format="{time:YYYY-MM-DDTHH:mm:ss.SSS} {level} {message}", level="INFO", backtrace=False, diagnose=False)
+    asked_to_end = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_end.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is for the keeper
+    settings = load_settings()
+    layout = Layout(Path(settings.state.dir), Path(settings.run.dir))
+    lock = LockFile(layout.run / "root.lock")
+    if not lock.acquire():
+        return 1  # another one lives; the keeper finds it by this lock
+    try:
+        services = gather(settings, layout)
+    except SchemaTooNew as error:
+        logger.error("{}", error)
+        return EXIT_REFUSES
+    clean_up(services)
+    system = System()
+    system.start(root(system, services))
+    if services.descriptors.welcome.draining:
+        asked_to_end.set()
+    asked_to_end.wait()
+    drain(system, services)
+    return 0
+
+
+def gather(settings: Settings, layout: Layout) -> Services:
+    """Everything that the actors share.  Raises SchemaTooNew, OSError."""
+    for directory in (layout.state, layout.state / "tasks", layout.workspaces, layout.run, layout.run / "tasks", layout.runtimes):
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    watcher = Watcher()
+    watcher.start()
+    descriptors = Descriptors(layout.run / "keeper.sock", process_argv("stand-in"), watcher)
+    descriptors.connect()
+    return Services(
+        settings=settings,
+        layout=layout,
+        store=Store(str(layout.database), MIGRATIONS),
+        descriptors=descriptors,
+        isolation=Isolation(str(layout.run / "forkserver.sock")),
+        watcher=watcher,
+        processes=ProcessTable(),
+        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+    )
+
+
+def root(system: System, services: Services) -> Supervisor:
+    """The tree."""
+    children = (
+        ChildSpec(OUTPUT, lambda: OutputActor(system, OUTPUT, services)),
+        ChildSpec(IMAGES, lambda: ImageActor(system, IMAGES, services)),
+        ChildSpec(
+            MOUNTS,
+            lambda: MountSupervisor(
+                system, MOUNTS, services, (ChildSpec(SYNCER, lambda: SyncerActor(system, SYNCER, services)),)
+            ),
+        ),
+        ChildSpec(SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services)),
+        ChildSpec(GATEWAY, lambda: GatewayActor(system, GATEWAY, services, gateway_listener(services))),
+    )
+    return Supervisor(system, "root", children)
+
+
+def gateway_listener(services: Services) -> socket.socket:
+    """The gateway's socket, which the keeper holds: who connects while this process is started again waits in its backlog."""
+    held = services.descriptors.get(LISTENER)
+    if held is None:
+        held = listen(services.layout.run / SOCKET_NAME).detach()
+        services.descriptors.keep({LISTENER: held})
+    return socket.socket(fileno=os.dup(held))
+
+
+def clean_up(services: Services) -> None:
+    """Before anything is started: forget what another boot left, and remove what belongs to no task that is known."""
+    store, layout = services.store, services.layout
+    mark = layout.state / "boot"
+    if not mark.exists() or mark.read_text() != services.boot_id:
+        Path(services.settings.image.cache_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
+        objects = Objects(services.settings.image.cache_dir)
+        if removed := objects.forget_unsynced():
+            logger.warning("{} objects that a power cut may have torn are removed", removed)
+            store.write(("DELETE FROM contents", ())).result()
+        objects.close()
+        store.write(("DELETE FROM leases", ())).result()
+        mark.write_text(services.boot_id)
+    unreleased = {task for (task,) in store.read("SELECT task FROM tasks WHERE released = 0")}
+    known = {task for (task,) in store.read("SELECT task FROM tasks")}
+    clean_stale(services, unreleased)
+    for task in layout.known_tasks() - unreleased:
+        for mount in mounts.mounts_below(str(layout.task(task).volatile)):
+            mounts.unmount(mount.target, lazily=True)
+        shutil.rmtree(layout.task(task).volatile, ignore_errors=True)
+        if task not in known and not (layout.task(task).workspace_home / "unsynced").exists():
+            shutil.rmtree(layout.task(task).durable, ignore_errors=True)
+
+
+def drain(system: System, services: Services) -> None:
+    """Take no more tasks, let the running ones end, give everything back."""
+    timeout_s = services.settings.daemon.drain_timeout_s
+    logger.info("draining: running tasks have {:g} s", timeout_s)
+    began = time.monotonic()
+    system.ask(GATEWAY, Drain(timeout_s), timeout_s=timeout_s + services.settings.sandbox.stop_grace_s + STOP_TIMEOUT_S)
+    system.ask(MOUNTS, CleanupAll(), timeout_s=STOP_TIMEOUT_S)
+    system.ask(IMAGES, CloseImages(), timeout_s=services.settings.image.build_timeout_s + STOP_TIMEOUT_S)
+    system.stop(STOP_TIMEOUT_S)
+    services.store.close()
+    services.descriptors.drop(*services.descriptors.names())
+    (services.layout.run / SOCKET_NAME).unlink(missing_ok=True)
+    logger.info("drained after {:.1f} s", time.monotonic() - began)

@@ -1,0 +1,50 @@
+"""conmon's journal (its log driver `k8s-file`), parsed: bytes in, records out, no I/O.
+
+A record is a line: a time (RFC 3339), a blank, `stdout` or `stderr`, a blank, `P` or `F`, a blank, and what the task printed.
+`F` ends a line of the task's, `P` does not: conmon reads at most 8192 bytes at a time, and the task's bytes hold no newline but
+at the end.  (ctr_logging.c of conmon 2.1, write_k8s_log.)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+RECORD: Final = re.compile(rb"[^ \n]+ (stdout|stderr) ([PF]) ([^\n]*)\n")
+
+
+class Chunk(NamedTuple):
+    """Bytes that a task printed to `stream` ("stdout", "stderr"); or, with stream "gap", what is known of missing ones."""
+
+    stream: str
+    data: bytes
+
+
+class Journal:
+    """Parses a journal that is fed in pieces, from `position`: the offset of the first byte that is not in a record given out."""
+
+    def __init__(self, position: int = 0) -> None:
+        self.position = position
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[Chunk]:
+        """The records that are whole with `data`, which follows what was fed before.
+
+        A line that is no record (nobody but conmon writes here, but a disk may be full in the middle of one) is left out.
+        """
+        data = self._rest + data
+        end = data.rfind(b"\n") + 1
+        self._rest = data[end:]
+        self.position += end
+        chunks = []
+        for match in RECORD.finditer(data, 0, end):
+            stream, kind, text = match.groups()
+            chunks.append(Chunk(stream.decode(), text + b"\n" if kind == b"F" else text))
+        return chunks
+
+    def torn(self) -> Chunk | None:
+        """What a record holds whose writer was killed before its end; None when there is none.  Only once nobody writes any more."""
+        match = RECORD.fullmatch(self._rest + b"\n")
+        if match is None:
+            return None
+        return Chunk(match[1].decode(), match[3])

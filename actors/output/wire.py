@@ -1,0 +1,77 @@
+"""Messages between the OutputActor and the output mover.
+
+Whatever is ordered is ordered again of a successor; each order may be carried out twice.
+"""
+
+from __future__ import annotations
+
+from actors.sandbox.messages import Sink
+from supervisor.frames import Codec, Message
+
+
+class MoverArguments(Message):
+    """`lock`: a file that a mover locks for its life, so that two never write to one sink."""
+
+    lock: str
+
+
+class FollowTask(Message):
+    """Bring the lines in `directory` to the sinks, each from its position (`sinks.SinkPosition` as msgpack), or from the start."""
+
+    task: str
+    directory: str
+    sinks: list[Sink]
+    positions: dict[str, bytes]
+
+
+class FinishTask(Message):
+    """Nobody writes to the task's output any more → Drained when every sink has it all."""
+
+    task: str
+
+
+class ForgetTask(Message):
+    task: str
+
+
+class PumpTask(Message):
+    """Move what comes through the pipes, whose read ends came along in the order of `streams`, to the spills → Pumped at their end."""
+
+    task: str
+    directory: str
+    streams: list[str]
+
+
+class Moved(Message):
+    """How far a sink is, durably."""
+
+    task: str
+    sink: str
+    position: bytes
+
+
+class Drained(Message):
+    task: str
+
+
+class Pumped(Message):
+    task: str
+
+
+class SinkFailed(Message):
+    """A sink does not take lines; they are kept and tried again."""
+
+    task: str
+    sink: str
+    error: str
+
+
+class Progress(Message):
+    """Heartbeat, every second: tasks followed, and pipes pumped."""
+
+    followed: int
+    pumped: int
+
+
+ORDERS = Codec(FollowTask, FinishTask, ForgetTask, PumpTask)
+ANSWERS = Codec(Moved, Drained, Pumped, SinkFailed, Progress)

@@ -1,0 +1,497 @@
+"""The SandboxActor of one task: carries out what `states` says, and tells the gateway.
+
+It owns the task's decisions.  Container, conmon, pipes, mounts and lock belong to the keeper and the store: an actor that is
+started again builds its `Life` from what it sees (`recovery`) and goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from actors.gateway.ledger import rfc3339
+from actors.gateway.messages import TaskResult, TaskSpec
+from actors.image import messages as images
+from actors.mount import messages as mounting
+from actors.output import messages as output
+from actors.sandbox import attempt as making
+from actors.sandbox import bundle, conmon, ending, messages
+from actors.sandbox.attempt import HELD, Attempt, held
+from actors.sandbox.host import SandboxHost
+from actors.sandbox.recovery import Found, look
+from actors.sandbox.states import Effect, Fact, Life, Phase, begin, step
+from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, Services
+from actors.settings import Settings
+from supervisor.actor import Actor, Answer, Refused, Worked, WorkFailed, refusal
+from supervisor.pidfd import pid_of, signal_process, wait_status
+from supervisor.processes import ProcessRow
+from supervisor.tree import System
+
+CONMON_S = 5.0  # how long conmon may take to write the last output and end, once its container has
+NOTES_MAX = 20
+RETRY_S = 1.0  # before something that must be done, and failed, is tried again
+
+
+class SandboxActor(Actor):
+    """Messages: those of `messages` to one sandbox.  `manual`: it waits for StartSandbox and DeleteSandbox."""
+
+    def __init__(self, system: System, name: str, services: Services, host: SandboxHost, task: str, spec: TaskSpec, manual: bool = False) -> None:
+        super().__init__(system, name)
+        self._services = services
+        self._host = host
+        self._task = task
+        self._spec = spec
+        self._layout = services.layout.task(task)
+        asked = frozenset() if manual else frozenset({Fact.START_ASKED, Fact.DELETE_ASKED})
+        self._life = Life(Phase.PREPARING, asked)
+        self._attempt: Attempt | None = None
+        self._rootfs: images.RootfsReady | None = None
+        self._sinks: list[messages.Sink] = []
+        self._stop_cause: str | None = None
+        self._error: str | None = None
+        self._failure: str | None = None
+        self._notes: list[str] = []
+        self._started_at: float | None = None
+        self._started_boot_s: float | None = None
+        self._accepted_at = time.time()
+        self._workspace_outcome = mounting.WorkspaceSynced("none", [], None)
+        self._ended_at: float | None = None
+        self._result: TaskResult | None = None
+        self._gaps = 0
+        self._requests: dict[int, str] = {}
+
+    # --- life ---
+
+    def on_begin(self) -> None:
+        found = look(self._services, self._task, lambda number: self._host.attempt(self._task, number, self._spec.runtime))
+        self._take(found)
+        self._life, effects = begin(self._life.facts | found.facts, found.phase)
+        if found.phase is not Phase.PREPARING:
+            logger.info("task {} goes on where it was: {}", self._task, found.phase.name.lower())
+        self._watch()
+        self._carry_out(effects)
+        for fact in found.seen:
+            self._know(fact)
+        self._tell_state()
+
+    def _take(self, found: Found) -> None:
+        self._attempt = self._host.attempt(self._task, found.attempt, self._spec.runtime)
+        self._accepted_at = found.accepted_at
+        self._started_at, self._started_boot_s = found.started_at, found.started_boot_s
+        self._stop_cause = found.stop_cause
+        self._result = found.result
+        self._error = found.error
+        self._gaps = found.gaps
+        if found.result is not None:
+            self._workspace_outcome = mounting.WorkspaceSynced(found.result.sync, list(found.result.conflicts), None)
+
+    def on_end(self, reason: object) -> None:
+        for kind in ("container", "conmon"):
+            descriptor = self._services.descriptors.get(held(kind, self._task))
+            if descriptor is not None:
+                self._services.watcher.forget(descriptor)
+
+    def on_message(self, message: Any) -> Any:
+        match message:
+            case messages.StopSandbox(_, cause, force):
+                return self._stop(cause, force)
+            case messages.StartSandbox():
+                self._know(Fact.START_ASKED)
+            case messages.DeleteSandbox(_, force):
+                return self._delete_asked(force)
+            case messages.SetOutput(_, sinks):
+                if Fact.START_ASKED in self._life.facts:
+                    return refusal(f"sandbox {self._task} has been started: its output can only be chosen before")
+                self._sinks = list(sinks)
+            case messages.GetSandbox():
+                pass
+            case messages.ReadFailed(_, reason):
+                self._note(f"a read failed: {reason}")
+            case ("ended", "container"):
+                self._container_ended()
+            case ("ended", "conmon"):
+                self._conmon_ended()
+            case ("conmon is late",):
+                self._conmon_is_late()
+            case ("grace is over",):
+                self._know(Fact.KILL_ASKED)
+            case ("time is over",):
+                self._check_clock()
+            case ("again", effect):
+                self._carry_out([effect])
+            case Worked(key, value):
+                self._worked(key, value)
+            case WorkFailed(key, error):
+                self._work_failed(key, error)
+            case Answer(number, value) if number in self._requests:
+                self._answered(self._requests.pop(number), value)
+            case Refused(number, error) if number in self._requests:
+                self._refused(self._requests.pop(number), error)
+        return self._state()
+
+    def _know(self, fact: Fact) -> None:
+        before = self._life.phase
+        self._life, effects = step(self._life, fact)
+        if self._life.phase is not before and self._life.phase in (Phase.CREATING, Phase.RUNNING):
+            self._tell_state()
+        self._carry_out(effects)
+        if self._life.phase is Phase.GONE and before is not Phase.GONE:
+            # Nobody need wait for this mark: a daemon that does not find it gives back once more what is gone.
+            self._record("released", "UPDATE tasks SET released = ? WHERE task = ?", 1)
+            self.system.tell(GATEWAY, messages.TaskReleased(self._task))
+            self.finish()
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            getattr(self, f"_{effect.name.lower()}")()
+
+    # --- effects ---
+
+    def _lease_image(self) -> None:
+        self._request("image", IMAGES, images.PrepareRootfs(f"task/{self._task}", self._spec.image))
+
+    def _mount_workspace(self) -> None:
+        if self._spec.workspace is None:
+            self.work("workspace", self._make_empty_workspace)
+        else:
+            self._request("workspace", MOUNTS, mounting.MountWorkspace(self._task, self._spec.workspace))
+
+    def _make_empty_workspace(self) -> str:
+        settings = self._services.settings.sandbox
+        self._layout.staging.mkdir(mode=0o755, parents=True, exist_ok=True)
+        os.chown(self._layout.staging, settings.uid, settings.gid)
+        return str(self._layout.staging)
+
+    def _create(self) -> None:
+        assert self._attempt and self._rootfs
+        task = bundle.Task(
+            hostname=self._task[:63],
+            image=self._rootfs.config,
+            command=tuple(self._spec.command),
+            env=self._spec.env,
+            limits=bundle.Limits(self._spec.memory_bytes, self._spec.cpu_cores, self._services.settings.sandbox.pids),
+            bundle=self._layout.bundle,
+            root=self._layout.root,
+            workspace=self._layout.staging if self._spec.workspace is None else self._layout.workspace,
+            cgroup=self._attempt.cgroup.path,
+        )
+        self.work("created", making.create, self._attempt, self._rootfs, task, self._host.filter, dict(os.environ))
+
+    def _record_intent(self) -> None:
+        self._record("intended", "UPDATE tasks SET intended_at = ?, boot_id = ? WHERE task = ?", time.time(), self._services.boot_id)
+
+    def _start(self) -> None:
+        assert self._attempt
+        self._started_at, self._started_boot_s = time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._record(
+            "started", "UPDATE tasks SET started_at = ?, started_boot_s = ? WHERE task = ?", self._started_at, self._started_boot_s
+        )
+        if self._sinks_wanted():
+            self.system.tell(OUTPUT, output.FollowOutput(self._task, self._sinks_wanted()))
+        self.work("start", conmon.start, self._attempt.container, making.CREATE_TIMEOUT_S)
+
+    def _watch_clock(self) -> None:
+        self._check_clock()
+
+    def _check_clock(self) -> None:
+        """Time-outs count on the boot-time clock, which goes on while the machine sleeps; the timer's does not."""
+        if self._spec.timeout_s is None or self._started_boot_s is None or self._life.phase is not Phase.RUNNING:
+            return
+        left_s = self._started_boot_s + self._spec.timeout_s - time.clock_gettime(time.CLOCK_BOOTTIME)
+        if left_s > 0:
+            self.after(left_s, ("time is over",))
+        else:
+            self._stop("timeout", False)
+
+    def _drain_output(self) -> None:
+        self.after(CONMON_S, ("conmon is late",))
+
+    def _sync(self) -> None:
+        if self._spec.workspace is None or Fact.WORKSPACE not in self._life.facts:
+            self._know(Fact.SYNCED)
+        else:
+            self._request("synced", MOUNTS, mounting.SyncWorkspace(self._task))
+
+    def _record_result(self) -> None:
+        if self._result is None:
+            self._result = self._conclude()
+        self._record(
+            "recorded",
+            "UPDATE tasks SET result = ?, finished_at = ? WHERE task = ?",
+            msgspec.msgpack.encode(self._result),
+            time.time(),
+        )
+
+    def _delete(self) -> None:
+        assert self._attempt
+        self._forget_processes()
+        self.work("deleted", making.undo, self._attempt)
+
+    def _release_workspace(self) -> None:
+        if self._spec.workspace is None:
+            self.work("workspace released", shutil.rmtree, self._layout.workspace_home, True)
+        else:
+            keep = self._workspace_outcome.outcome == "sync_failed"
+            self._request("workspace released", MOUNTS, mounting.UnmountWorkspace(self._task, keep))
+
+    def _release_image(self) -> None:
+        self._request("image released", IMAGES, images.ReleaseRootfs(f"task/{self._task}"))
+
+    def _terminate(self) -> None:
+        assert self._attempt
+        grace_s = self._services.settings.sandbox.stop_grace_s
+        self.after(grace_s, ("grace is over",))
+        self.work("terminated", self._attempt.terminate, self._services.descriptors.get(held("container", self._task)))
+
+    def _kill(self) -> None:
+        assert self._attempt
+        self.work("killed", self._attempt.kill, self._services.descriptors.get(held("container", self._task)))
+
+    # --- what becomes known ---
+
+    def _worked(self, key: Any, value: Any) -> None:
+        match key:
+            case "workspace":
+                self._know(Fact.WORKSPACE)
+            case "created":
+                self._services.descriptors.keep({held(kind, self._task): number for kind, number in value.items()})
+                self._watch()
+                self._know(Fact.CREATED)
+            case "intended":
+                self._know(Fact.INTENDED)
+            case "start":
+                self._know(Fact.STARTED)
+            case "terminated" if value:
+                self._know(Fact.KILL_ASKED)  # nobody is there who would hear SIGTERM
+            case "recorded":
+                assert self._result
+                self.system.tell(GATEWAY, messages.TaskEnded(self._result))
+                self._know(Fact.RECORDED)
+            case "deleted":
+                self._services.descriptors.drop(*(held(kind, self._task) for kind in HELD))
+                self._know(Fact.DELETED)
+            case "workspace released":
+                self._know(Fact.WORKSPACE_RELEASED)
+            case "started" | "stop cause" | "killed":
+                pass
+
+    def _work_failed(self, key: Any, error: Exception) -> None:
+        match key:
+            case "created" | "start" | "workspace":
+                self._fail(str(error), error.kind if isinstance(error, conmon.CreateError) else "other")
+            case "intended":
+                self._fail(f"the start could not be recorded: {error}", "other")
+            case "recorded":
+                # Disk full, most likely: the result exists nowhere else, so it is tried until it is durable.
+                logger.error("the result of task {} could not be recorded, trying again: {}", self._task, error)
+                self.after(RETRY_S, ("again", Effect.RECORD_RESULT))
+            case "deleted":
+                logger.error("task {} could not be undone, trying again: {}", self._task, error)
+                self.after(RETRY_S, ("again", Effect.DELETE))
+            case _:
+                logger.error("task {}: {}: {}", self._task, key, error)
+
+    def _answered(self, what: str, value: Any) -> None:
+        match what:
+            case "image":
+                self._rootfs = value
+                self._know(Fact.IMAGE)
+            case "workspace":
+                self._know(Fact.WORKSPACE)
+            case "pumped":
+                self._gaps += value.gaps
+                self._know(Fact.OUTPUT_WHOLE)
+            case "synced":
+                self._workspace_outcome = value
+                self._know(Fact.SYNCED)
+            case "workspace released":
+                self._know(Fact.WORKSPACE_RELEASED)
+            case "image released":
+                self._know(Fact.IMAGE_RELEASED)
+
+    def _refused(self, what: str, error: str) -> None:
+        match what:
+            case "image" | "workspace":
+                self._fail(error, "other")
+            case "synced":
+                self._workspace_outcome = mounting.WorkspaceSynced("sync_failed", [], error)
+                self._know(Fact.SYNCED)
+            case _:
+                # Of what must be given back nothing may be forgotten.
+                logger.error("task {}: {}, trying again: {}", self._task, what, error)
+                effect = Effect.RELEASE_IMAGE if what == "image released" else Effect.RELEASE_WORKSPACE
+                self.after(RETRY_S, ("again", Effect.DRAIN_OUTPUT if what == "pumped" else effect))
+
+    def _fail(self, error: str, kind: str) -> None:
+        if self._error is None:
+            self._error, self._failure = error, kind
+        self._know(Fact.FAILED)
+
+    def _stop(self, cause: str, force: bool) -> Any:
+        if self._stop_cause is None and Fact.ENDED not in self._life.facts:
+            self._stop_cause = cause
+            if Fact.STARTED in self._life.facts:
+                self._record("stop cause", "UPDATE tasks SET stop_cause = ? WHERE task = ?", cause)
+        self._know(Fact.STOP_ASKED)
+        if force:
+            self._know(Fact.KILL_ASKED)
+        return self._state()
+
+    def _delete_asked(self, force: bool) -> Any:
+        if self._life.phase.value < Phase.REPORTING.value:
+            if not force:
+                return refusal(f"sandbox {self._task} has not ended: stop it first, or delete it with force")
+            self._stop("cancelled", True)
+        self._know(Fact.DELETE_ASKED)
+        return self._state()
+
+    # --- the container's and its monitor's end ---
+
+    def _watch(self) -> None:
+        """Watch container and conmon by the pidfds that are held."""
+        descriptors, mailbox = self._services.descriptors, self.mailbox
+        for kind in ("container", "conmon"):
+            pidfd = descriptors.get(held(kind, self._task))
+            if pidfd is not None:
+                self._services.watcher.process(pidfd, lambda kind=kind: mailbox(("ended", kind)))
+                if kind == "conmon" and (pid := pid_of(pidfd)):
+                    self._services.processes.put(self.name, ProcessRow(f"conmon {self._task}", pid, 0))
+
+    def _forget_processes(self) -> None:
+        for kind in ("container", "conmon"):
+            pidfd = self._services.descriptors.get(held(kind, self._task))
+            if pidfd is not None:
+                self._services.watcher.forget(pidfd)
+        self._services.processes.remove(self.name, f"conmon {self._task}")
+
+    def _container_ended(self) -> None:
+        self._ended_at = time.time()
+        self._know(Fact.ENDED)
+
+    def _conmon_ended(self) -> None:
+        """Its last output is in the journal, unless it was killed: then the pipes are emptied by a pump."""
+        self._services.processes.remove(self.name, f"conmon {self._task}")
+        pidfd = self._services.descriptors.get(held("conmon", self._task))
+        status = None if pidfd is None else wait_status(pidfd)
+        if status is not None and os.WIFEXITED(status):
+            self._know(Fact.OUTPUT_WHOLE)
+        else:
+            logger.warning("conmon of task {} was killed; its pipes are taken over", self._task)
+            self._request("pumped", OUTPUT, output.PumpOutput(self._task))
+
+    def _conmon_is_late(self) -> None:
+        pidfd = self._services.descriptors.get(held("conmon", self._task))
+        if Fact.OUTPUT_WHOLE not in self._life.facts and pidfd is not None and signal_process(pidfd, signal.SIGKILL):
+            logger.warning("conmon of task {} did not end within {} s of its container", self._task, CONMON_S)
+
+    # --- results ---
+
+    def _conclude(self) -> TaskResult:
+        """The result, from everything that is known by now."""
+        ended_at = self._ended_at or time.time()
+        pidfd = self._services.descriptors.get(held("container", self._task))
+        status = None if pidfd is None else wait_status(pidfd)
+        oom_kills = self._attempt.cgroup.oom_kills() if self._attempt and Fact.ENDED in self._life.facts else 0
+        end = ending.conclude(
+            ran=Fact.ENDED in self._life.facts,
+            status=status,
+            stop_cause=self._stop_cause,
+            oom_kills=oom_kills,
+            error=self._error,
+        )
+        error = "; ".join(filter(None, [end.error, *self._notes, self._workspace_outcome.error])) or None
+        started_at = self._started_at if Fact.ENDED in self._life.facts else None
+        return TaskResult(
+            task=self._task,
+            state=end.state,
+            reason=end.reason,
+            exit_code=end.exit_code,
+            signal=end.signal,
+            error=error,
+            sync=self._workspace_outcome.outcome,  # type: ignore[arg-type]
+            created_at=rfc3339(self._accepted_at),
+            started_at=None if started_at is None else rfc3339(started_at),
+            finished_at=rfc3339(ended_at),
+            duration_s=None if started_at is None else max(0.0, ended_at - started_at),
+            failure=self._failure if end.state == "failed" and end.reason is None else None,  # type: ignore[arg-type]
+            conflicts=self._workspace_outcome.conflicts[:100],
+            gaps=self._gaps,
+        )
+
+    def _state_now(self) -> TaskResult:
+        """The result as it stands."""
+        if self._result is not None:
+            return self._result
+        running = Fact.STARTED in self._life.facts
+        state = "running" if running else "pending" if self._life.phase is Phase.PREPARING else "creating"
+        started_at = self._started_at if running else None
+        return TaskResult(
+            task=self._task,
+            state=state,  # type: ignore[arg-type]
+            reason=None,
+            exit_code=None,
+            signal=None,
+            error=None,
+            sync="none",
+            created_at=rfc3339(self._accepted_at),
+            started_at=None if started_at is None else rfc3339(started_at),
+            finished_at=None,
+            duration_s=None,
+        )
+
+    def _tell_state(self) -> None:
+        self.system.tell(GATEWAY, messages.TaskChanged(self._state_now()))
+
+    def _state(self) -> messages.SandboxState:
+        now = self._state_now()
+        pidfd = self._services.descriptors.get(held("container", self._task))
+        pid = pid_of(pidfd) if pidfd is not None else None
+        return messages.SandboxState(
+            now.task,
+            now.state,
+            pid,
+            now.exit_code,
+            now.error,
+            None,
+            now.created_at,
+            now.started_at,
+            now.finished_at,
+        )
+
+    # --- small things ---
+
+    def _note(self, text: str) -> None:
+        if text not in self._notes and len(self._notes) < NOTES_MAX:
+            self._notes.append(text)
+
+    def _sinks_wanted(self) -> list[messages.Sink]:
+        return self._sinks or default_sinks(self._services.settings, self._task)
+
+    def _request(self, what: str, name: str, message: Any) -> None:
+        self._requests[self.request(name, message)] = what
+
+    def _record(self, key: str, sql: str, *values: Any) -> None:
+        """Write a mark to the store; `key` becomes known when it is durable."""
+        mailbox = self.mailbox
+
+        def done(future: Future[None]) -> None:
+            error = future.exception()
+            mailbox(Worked(key, None) if error is None else WorkFailed(key, error))  # type: ignore[arg-type]
+
+        self._services.store.write((sql, (*values, self._task))).add_done_callback(done)
+
+
+def default_sinks(settings: Settings, task: str) -> list[messages.Sink]:
+    """Where the lines of a task go that says nothing of it."""
+    sinks = [messages.Sink("console")] if settings.output.console else []
+    if settings.output.file_dir:
+        sinks.append(messages.Sink("file", str(Path(settings.output.file_dir) / f"{task}.log")))
+    return sinks

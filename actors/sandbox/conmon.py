@@ -1,0 +1,333 @@
+"""One container, from its creation to its deletion, by way of conmon and an OCI runtime.
+
+Everything here blocks and is for worker threads; each call has a time-out.  Nothing here remembers anything: a daemon that was
+started again calls the same functions with the same places.
+
+    create      conmon forks; the one that stays makes the container's pipes, runs the runtime's `create` and answers through the
+                sync pipe: the container's first process is there then, and waits
+    pipe_ends   copies of the read ends that conmon holds, so that the pipes outlive it (to be taken before `start`)
+    start       lets that process execute the task's command
+    delete      gives back what the runtime has (control group, state directory); `force` kills first
+
+Options, sync pipe and files are conmon(8)'s (2.1), the verbs the OCI command line interface's, the gate crun's (status.c).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from actors.sandbox import bundle
+from actors.sandbox.cgroup import expect_moves
+from actors.sandbox.runtimes import ContainerError, CreateError, Runtime, create_error
+from supervisor.pidfd import copy_descriptor, open_pidfd, signal_process
+
+ANSWER_BYTES_MAX: Final = 1 << 16
+CLEARING_TIMEOUT_S: Final = 10.0  # for what is left of a create that failed
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container's name and places.
+
+    `monitor`: a directory for conmon's own files.  `journal`: the file of its output.
+    """
+
+    id: str
+    runtime: Runtime
+    bundle: Path
+    monitor: Path
+    journal: Path
+
+    @property
+    def pid_file(self) -> Path:
+        return self.monitor / "pid"
+
+    @property
+    def conmon_pid_file(self) -> Path:
+        return self.monitor / "conmon.pid"
+
+    @property
+    def conmon_log(self) -> Path:
+        return self.monitor / "conmon.log"
+
+    @property
+    def runtime_state(self) -> Path:
+        """What crun and runc know of it."""
+        return self.runtime.state / self.id
+
+
+@dataclass(frozen=True)
+class Created:
+    container_pid: int
+    conmon_pid: int
+
+
+@dataclass(frozen=True)
+class State:
+    """What the runtime knows: `status` is creating, created, running, paused or stopped."""
+
+    status: str
+    pid: int | None
+
+
+def create(container: Container, command: str, attempt: int, environment: Mapping[str, str], timeout_s: float) -> Created:
+    """Start conmon and create the container from its bundle; its first process waits for `start`.
+
+    `command`: what it will execute, for texts.  `attempt`: the descriptor of the attempt's locked file, which conmon keeps open
+    and the task never sees.  `environment`: all that conmon gets, PATH and AERIE_STATE_DIR at least; nothing of it reaches the
+    task.
+
+    Raises CreateError.  conmon has ended then; a process that the runtime had begun may be left in the control group, for the
+    caller to kill there.
+    """
+    deadline = time.monotonic() + timeout_s
+    for name in ("exits", "sockets"):
+        (container.monitor / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    container.conmon_pid_file.unlink(missing_ok=True)  # an earlier attempt's must not be taken for this one's
+    threading.Thread(target=expect_moves, name="expect moves", daemon=True).start()
+    reader, writer = os.pipe()
+    try:
+        try:
+            first = _start_conmon(container, [writer, attempt, *container.runtime.descriptors], writer, environment)
+        finally:
+            os.close(writer)
+        try:
+            pid, said = _answer(reader, deadline)
+            first.wait(_left_s(deadline))
+            if pid > 0:
+                return Created(pid, int(container.conmon_pid_file.read_text()))
+            error = create_error(said or container.conmon_log.read_text(errors="replace"), command)
+        except (TimeoutError, subprocess.TimeoutExpired):
+            error = CreateError("other", f"the container was not created within {timeout_s:g} s")
+    finally:
+        os.close(reader)
+    first.kill()
+    first.wait()
+    _clear(container, error)
+    raise error
+
+
+def find(container: Container) -> Created | None:
+    """The container and its conmon, when both live: what `create` has answered, or would have, had its caller lived."""
+    conmon = _conmon_of(container)
+    if conmon is None:
+        return None
+    try:
+        found = Created(int(container.pid_file.read_text()), int(container.conmon_pid_file.read_text()))
+        # The pid may be another's by now; whose child the first process is, no other is.
+        parent = int(Path(f"/proc/{found.container_pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return found if parent == found.conmon_pid else None
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    finally:
+        os.close(conmon)
+
+
+def start(container: Container, timeout_s: float) -> None:
+    """Let a created container execute its command; one that was started already is left as it is.
+
+    Raises CreateError.  Only runsc finds out here that the command is not there or cannot be executed.  crun and runc have told
+    of a missing one in `create`, and of one that execve(2) refuses they tell in the task's place (`runtimes.exec_error`).
+    """
+    if container.runtime.name == "crun" and _open_gate(container):
+        return
+    done = _run(container, ["start", container.id], timeout_s)
+    if done.returncode:
+        raise create_error(done.stderr, bundle.command_in(container.bundle))
+
+
+def delete(container: Container, timeout_s: float, force: bool = False) -> None:
+    """Give back what the runtime has of an ended container; it need not exist.  `force`: kill it first if it runs.
+
+    Raises ContainerError.
+    """
+    forced = ["--force"] if force else []
+    if container.runtime.name == "gvisor":
+        forced = ["--force"]  # without which runsc minds that it does not exist, and its state is in files of its own
+    elif not container.runtime_state.exists():
+        return
+    done = _run(container, ["delete", *forced, container.id], timeout_s)
+    if done.returncode:
+        raise ContainerError(f"{container.runtime.name} could not delete the container {container.id}: {done.stderr.strip()}")
+
+
+def state(container: Container, timeout_s: float) -> State | None:
+    """What the runtime knows of the container; None when nothing.  Raises ContainerError when it does not answer."""
+    done = _run(container, ["state", container.id], timeout_s)
+    if done.returncode:
+        return None
+    answer = json.loads(done.stdout)
+    return State(answer["status"], answer["pid"] if answer["pid"] > 0 else None)
+
+
+def pipe_ends(created: Created) -> dict[str, int]:
+    """Copies of the ends from which conmon reads the container's output: `stdout`, `stderr` → a descriptor, close-on-exec.
+
+    They may be read only when conmon is dead.  To be called before `start`: a running task may have closed its ends.
+    Raises ContainerError.
+    """
+    conmon, copies = -1, {}
+    try:
+        conmon = open_pidfd(created.conmon_pid)
+        # conmon reads nothing else that the container writes; of what it writes, stdout comes first (for runsc these are not
+        # descriptors 1 and 2 of the first process, which is its kernel).
+        reads = {pipe: number for number, pipe in _pipes(created.conmon_pid, os.O_RDONLY)}
+        numbers = dict.fromkeys(reads[pipe] for _, pipe in _pipes(created.container_pid, os.O_WRONLY) if pipe in reads)
+        for stream, number in zip(("stdout", "stderr"), numbers, strict=True):
+            copies[stream] = copy_descriptor(conmon, number)
+    except (OSError, ValueError) as error:
+        for copy in copies.values():
+            os.close(copy)
+        raise ContainerError(f"the container's pipes cannot be held: {error}") from error
+    finally:
+        if conmon >= 0:
+            os.close(conmon)
+    return copies
+
+
+def _start_conmon(
+    container: Container, descriptors: Sequence[int], sync: int, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """The conmon that forks and ends; the one that stays is not our child."""
+    options = [
+        *("--api-version", "1", "--cid", container.id, "--cuuid", container.id, "--name", container.id),
+        *("--runtime", container.runtime.program),
+        *(part for flag in container.runtime.global_flags for part in ("--runtime-arg", flag)),
+        *("--bundle", str(container.bundle), "--persist-dir", str(container.monitor)),
+        *("--container-pidfile", str(container.pid_file), "--conmon-pidfile", str(container.conmon_pid_file)),
+        *("--exit-dir", str(container.monitor / "exits"), "--socket-dir-path", str(container.monitor / "sockets")),
+        *("--log-path", f"k8s-file:{container.journal}"),
+    ]
+    try:
+        with open(container.conmon_log, "wb") as log:
+            return subprocess.Popen(
+                ["conmon", *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=descriptors,
+                env={**environment, "_OCI_SYNCPIPE": str(sync)},
+            )
+    except OSError as error:
+        raise CreateError("other", f"conmon cannot be started ({error}): apt-get install conmon") from None
+
+
+def _conmon_of(container: Container) -> int | None:
+    """A pidfd of the container's conmon, or None when it has ended."""
+    try:
+        pid = int(container.conmon_pid_file.read_text())
+        pidfd = open_pidfd(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The pid may have become another's before it was opened: then the name in its arguments is another too.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        if container.id.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            return pidfd
+    os.close(pidfd)
+    return None
+
+
+def _answer(reader: int, deadline: float) -> tuple[int, str]:
+    """What conmon says through the sync pipe: the container's pid, or -1 and why.  Raises TimeoutError."""
+    received = b""
+    waiting = select.poll()
+    waiting.register(reader, select.POLLIN)
+    while not received.endswith(b"\n") and len(received) < ANSWER_BYTES_MAX:
+        if not waiting.poll(_left_s(deadline) * 1000):
+            raise TimeoutError
+        chunk = os.read(reader, ANSWER_BYTES_MAX)
+        if not chunk:
+            break
+        received += chunk
+    try:
+        answer = json.loads(received.decode(errors="replace"))
+        return int(answer["data"]), str(answer.get("message", ""))
+    except (ValueError, KeyError):
+        return -1, received.decode(errors="replace")
+
+
+def _clear(container: Container, error: CreateError) -> None:
+    """Leave nothing of a create that failed, or note on `error` what could not be cleared away."""
+    pidfd = _conmon_of(container)
+    if pidfd is not None:
+        signal_process(pidfd, signal.SIGKILL)  # its runtime dies with it (PR_SET_PDEATHSIG)
+        waiting = select.poll()
+        waiting.register(pidfd, select.POLLIN)
+        if not waiting.poll(CLEARING_TIMEOUT_S * 1000):
+            error.add_note("conmon does not end, killed as it is")
+        os.close(pidfd)
+    try:
+        delete(container, CLEARING_TIMEOUT_S, force=True)
+    except ContainerError as left:
+        error.add_note(str(left))
+
+
+def _open_gate(container: Container) -> bool:
+    """Start a container of crun's as `crun start` does it, without executing it (4 ms); False when this crun has no such gate.
+
+    The first process waits for one byte from a FIFO, which is removed when it was written.  `crun start` removes it first; this
+    way round, a daemon that dies in between finds the gate, and nobody waiting behind it.
+    """
+    gate = container.runtime_state / "exec.fifo"
+    try:
+        descriptor = os.open(gate, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # nobody waits: it was started, or has ended, which its pidfd tells
+            raise CreateError("other", f"the container's gate cannot be opened: {error}") from None
+    else:
+        try:
+            os.write(descriptor, b"\0")
+        except BrokenPipeError:
+            pass  # it has ended just now
+        finally:
+            os.close(descriptor)
+    gate.unlink(missing_ok=True)
+    return True
+
+
+def _run(container: Container, arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    runtime = container.runtime
+    try:
+        return subprocess.run(
+            [runtime.program, *runtime.global_flags, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            pass_fds=runtime.descriptors,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ContainerError(f"{runtime.name} {arguments[0]} of the container {container.id} failed: {error}") from None
+
+
+def _pipes(pid: int, access: int) -> list[tuple[int, str]]:
+    """The pipes that a process has open for `access` (O_RDONLY, O_WRONLY): descriptor and name, in the descriptors' order."""
+    found = []
+    for number in sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd")):
+        name = os.readlink(f"/proc/{pid}/fd/{number}")
+        if name.startswith("pipe:"):
+            with open(f"/proc/{pid}/fdinfo/{number}") as file:
+                flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
+            if flags & os.O_ACCMODE == access:
+                found.append((number, name))
+    return found
+
+
+def _left_s(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())

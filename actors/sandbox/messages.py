@@ -1,0 +1,126 @@
+"""What may be said to the sandboxes and to one sandbox, and what they answer and tell."""
+
+from __future__ import annotations
+
+from actors.gateway.messages import TaskResult, TaskSpec
+from supervisor.frames import Message
+
+
+class RunTask(Message):
+    """Create, start, wait for and delete a sandbox for a task that is recorded → the gateway is told `TaskStarted`… `TaskReleased`.
+
+    Said again for a task whose sandbox lives, it changes nothing.
+    """
+
+    task: str
+    spec: TaskSpec
+
+
+class CreateSandbox(Message):
+    """Make a sandbox that waits for `StartSandbox` → SandboxState, or Refused: an id that is taken is an error."""
+
+    task: str
+    spec: TaskSpec
+
+
+class StartSandbox(Message):
+    """Start a created sandbox → SandboxState."""
+
+    task: str
+
+
+class StopSandbox(Message):
+    """SIGTERM to all, SIGKILL after the grace period or at once with `force` → SandboxState.
+
+    `cause`: "cancelled" or "timeout"; the first one said counts.
+    """
+
+    task: str
+    cause: str = "cancelled"
+    force: bool = False
+
+
+class DeleteSandbox(Message):
+    """Give back all that an ended sandbox had; with `force` a running one is killed first → SandboxState."""
+
+    task: str
+    force: bool = False
+
+
+class GetSandbox(Message):
+    """→ SandboxState; Refused when there is none."""
+
+    task: str
+
+
+class ListSandboxes(Message):
+    """→ SandboxList"""
+
+
+class Sink(Message):
+    """Where lines go besides the journal: `console`, or `file` with a path."""
+
+    kind: str
+    path: str = ""
+
+
+class SetOutput(Message):
+    """Choose the sinks of a sandbox that has not been started → SandboxState; Refused afterwards."""
+
+    task: str
+    sinks: list[Sink]
+
+
+class SandboxState(Message):
+    """`status`: pending, creating, running, stopped or failed."""
+
+    id: str
+    status: str
+    pid: int | None
+    exit_code: int | None
+    error: str | None
+    address: str | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+
+
+class SandboxList(Message):
+    sandboxes: list[SandboxState]
+
+
+# --- told to the gateway -----------------------------------------------------------------------------------------------------
+
+
+class TaskChanged(Message):
+    """The result as it stands, not final."""
+
+    result: TaskResult
+
+
+class TaskEnded(Message):
+    """The result, which is durable."""
+
+    result: TaskResult
+
+
+class TaskReleased(Message):
+    """Everything that the task had is given back."""
+
+    task: str
+
+
+# --- told to a sandbox -------------------------------------------------------------------------------------------------------
+
+
+class ReadFailed(Message):
+    """A read inside the task ended in EIO; the reason belongs in the task's record."""
+
+    task: str
+    reason: str
+
+
+class OutputGap(Message):
+    """Output of the task is known to be missing, or may be."""
+
+    task: str

@@ -1,0 +1,123 @@
+"""Where a sandbox stands, found out from what can be seen: the store's row, held descriptors, the runtime, files.
+
+A SandboxActor always starts with this look; for a new task there is nothing to see.  What decides:
+
+    the row has a result                     the task has ended: give back what it had
+    no intent on record                      its command cannot have been started: begin anew
+    another boot's intent                    nobody can know how it ended: it is lost
+    its process is there                     adopt it; the runtime says whether the command was started
+    its process has ended, and is held       the kernel knows its wait status
+    no process, and none was ever created    begin anew
+    no process, and nothing is held          nobody can know how it ended: it is lost
+
+"Begin anew" is safe because a container's first process waits for the runtime's `start`, and that is only ever called after the
+intent is durable and by the holder of the descriptors: a creation that was cut short is undone and made again, as a new attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from actors.gateway.messages import TaskResult
+from actors.sandbox import attempt as making
+from actors.sandbox import conmon
+from actors.sandbox.attempt import Attempt, held
+from actors.sandbox.states import Fact, Phase
+from actors.services import Services
+
+CREATED = frozenset({Fact.IMAGE, Fact.WORKSPACE, Fact.CREATED, Fact.INTENDED})
+STARTED = CREATED | {Fact.START_ASKED, Fact.STARTED}
+LOST = "nobody can know how it ended: {}; its output and workspace up to then are kept. Run it again if that is safe"
+
+
+@dataclass
+class Found:
+    """What was seen: the phase to go on in, the facts known there, and those to be told one by one afterwards."""
+
+    attempt: int
+    accepted_at: float
+    phase: Phase = Phase.PREPARING
+    facts: frozenset[Fact] = frozenset()
+    seen: list[Fact] = field(default_factory=list)
+    started_at: float | None = None
+    started_boot_s: float | None = None
+    stop_cause: str | None = None
+    result: TaskResult | None = None
+    error: str | None = None
+    lost: bool = False
+    gaps: int = 0
+
+
+def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) -> Found:
+    """See where a task's sandbox stands; what was half made, and cannot be gone on with, is undone.  Blocks."""
+    [row] = services.store.read(
+        "SELECT attempt, accepted_at, intended_at, started_at, started_boot_s, stop_cause, result, boot_id FROM tasks WHERE task = ?",
+        task,
+    )
+    number, accepted_at, intended_at, started_at, started_boot_s, stop_cause, result, boot_id = row
+    found = Found(number, accepted_at, started_at=started_at, started_boot_s=started_boot_s, stop_cause=stop_cause)
+    found.gaps = len(gaps(services, task))
+    attempt = attempt_of(number)
+    if result is not None:
+        found.result = msgspec.msgpack.decode(result, type=TaskResult)
+        found.phase = Phase.REPORTING
+        found.facts = STARTED | {Fact.ENDED, Fact.OUTPUT_WHOLE, Fact.SYNCED, Fact.RECORDED}
+        return found
+    if intended_at is None:
+        return _anew(services, task, found, attempt)
+    if boot_id != services.boot_id:
+        return _lost(found, "the machine was started again while it ran")
+    if services.descriptors.get(held("container", task)) is None and not _collect(services, task, attempt):
+        if (attempt.layout.monitor / "pid").exists() and started_at is not None:
+            return _lost(found, "its process and everybody who watched it were killed")
+        return _anew(services, task, found, attempt)
+    state = conmon.state(attempt.container, timeout_s=10.0)
+    if state is not None and state.status == "created":
+        found.phase, found.facts = Phase.CREATED, CREATED
+    else:
+        found.phase, found.facts = Phase.RUNNING, STARTED
+    if stop_cause is not None:
+        found.seen.append(Fact.STOP_ASKED)
+    return found
+
+
+def _anew(services: Services, task: str, found: Found, attempt: Attempt) -> Found:
+    """Nothing of the task's own has run: remove what an earlier daemon had begun to make."""
+    if attempt.layout.durable.exists() or attempt.layout.volatile.exists():
+        making.undo(attempt)
+        services.descriptors.drop(*(held(kind, task) for kind in making.HELD))
+        found.attempt += 1
+        services.store.write(("UPDATE tasks SET attempt = ? WHERE task = ?", (found.attempt, task))).result()
+    return found
+
+
+def _lost(found: Found, why: str) -> Found:
+    found.lost = True
+    found.error = LOST.format(why)
+    # What it wrote is brought back all the same: it is the user's, whatever became of the task.
+    found.phase, found.facts = Phase.SYNCING, STARTED | {Fact.ENDED, Fact.OUTPUT_WHOLE}
+    return found
+
+
+def _collect(services: Services, task: str, attempt: Attempt) -> bool:
+    """Collect again what keeper and root supervisor held, from conmon, which has outlived both; False when it is not there."""
+    created = conmon.find(attempt.container)
+    if created is None:
+        return False
+    descriptors = making.descriptors_of(created)
+    services.descriptors.keep({held(kind, task): number for kind, number in descriptors.items()})
+    return True
+
+
+def gaps(services: Services, task: str) -> list[dict[str, object]]:
+    """The gap records of a task's output."""
+    path = services.layout.task(task).output / "gaps"
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file]

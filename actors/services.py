@@ -1,0 +1,36 @@
+"""What every actor of the node may use: things with one owner each, made by `node` before the tree starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors.layout import Layout
+from actors.settings import Settings
+from supervisor.descriptors import Descriptors
+from supervisor.isolation import Isolation
+from supervisor.processes import ProcessTable
+from supervisor.store import Store
+from supervisor.watch import Watcher
+
+# The names under which actors are found.
+IMAGES, MOUNTS, SANDBOXES, OUTPUT, GATEWAY, SYNCER = "images", "mounts", "sandboxes", "output", "gateway", "syncer"
+
+
+def sandbox_name(task: str) -> str:
+    return f"sandbox {task}"
+
+
+def mount_name(task: str) -> str:
+    return f"mount {task}"
+
+
+@dataclass(frozen=True)
+class Services:
+    settings: Settings
+    layout: Layout
+    store: Store
+    descriptors: Descriptors
+    isolation: Isolation
+    watcher: Watcher
+    processes: ProcessTable
+    boot_id: str

@@ -1,0 +1,27 @@
+"""What is said to the fork server, on a SOCK_SEQPACKET Unix socket: `Fork` → `Forked` or `ForkFailed`."""
+
+from __future__ import annotations
+
+from supervisor.frames import Codec, Message
+
+
+class Fork(Message, frozen=True):
+    """Start a process.  Its channel end is the first descriptor of this message, its own descriptors follow."""
+
+    name: str
+    entry: str
+    arguments: bytes
+
+
+class Forked(Message, frozen=True):
+    """The process runs; its pidfd came with this message."""
+
+    pid: int
+
+
+class ForkFailed(Message, frozen=True):
+    error: str
+
+
+REQUESTS = Codec(Fork, size_bytes_max=128 << 10)
+ANSWERS = Codec(Forked, ForkFailed)

@@ -1,0 +1,96 @@
+"""Isolated processes, as their parent sees them: started through the fork server, watched by pidfd, spoken to by channel."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
+from supervisor.forkprotocol import ANSWERS, Fork, Forked, ForkFailed
+from supervisor.frames import Codec, Message
+
+
+class IsolationError(Exception):
+    """The process could not be started; the text says why."""
+
+
+@dataclass(slots=True)
+class Process:
+    """An isolated process: `pidfd` and `channel` are this object's; `close` gives both back (it ends nothing)."""
+
+    name: str
+    pid: int
+    pidfd: int
+    channel: Channel
+    closed: bool = field(default=False)
+
+    def signal(self, number: int) -> bool:
+        """Send a signal.  False when the process is gone."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.channel.close()
+            os.close(self.pidfd)
+
+
+class Isolation:
+    """Starts isolated processes through the fork server that listens on the Unix socket `path`."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def start(
+        self,
+        name: str,
+        entry: str,
+        arguments: Message,
+        codec: Codec,
+        descriptors: Sequence[int] = (),
+        timeout_s: float = 10.0,
+    ) -> Process:
+        """Start `entry` as the process `name`; it gets copies of `descriptors`; `codec` decodes what it will send.
+
+        Asked twice when the fork server dies in between: the request of the first time died with it, unless the child
+        was already forked, and then that child sees its channel closed and ends.  Raises IsolationError.
+        """
+        request = Fork(name, entry, msgspec.msgpack.encode(arguments))
+        for _ in range(3):
+            channel, end = Channel.pair(codec)
+            try:
+                with end:
+                    pid, pidfd = self._ask(request, [end.fileno(), *descriptors], timeout_s)
+                return Process(name, pid, pidfd, channel)
+            except ChannelClosed:
+                channel.close()
+            except BaseException:
+                channel.close()
+                raise
+        raise IsolationError(f"{name}: the fork server died three times while it was asked for this process")
+
+    def _ask(self, request: Fork, descriptors: list[int], timeout_s: float) -> tuple[int, int]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(timeout_s)
+            try:
+                connection.connect(self.path)
+                server = Channel(connection, ANSWERS)
+                server.send(request, descriptors, timeout_s)
+                answer, came = server.receive(timeout_s)
+            except (OSError, ChannelTimeout) as error:
+                raise IsolationError(f"{request.name}: the fork server does not answer: {error}") from None
+        match answer:
+            case Forked(pid) if came:
+                return pid, came[0]
+            case ForkFailed(error):
+                raise IsolationError(error)
+        raise IsolationError(f"{request.name}: the fork server answered without a pidfd")

@@ -1,0 +1,412 @@
+"""The keeper: the process that somebody starts, and the one that outlives all the others' restarts.
+
+It is small on purpose (the standard library and the frames), for nothing restarts it but the tree it keeps.  It
+
+- holds descriptors for the root supervisor, by name, with a little data beside each: what must survive that one's death;
+- starts the root supervisor and the fork server, and starts them again, with a growing pause, for as long as it lives;
+- is a child subreaper, and reaps what is orphaned below it;
+- on SIGTERM tells the root supervisor to drain, and ends when that has ended with success.
+
+There is one keeper to a directory (`keeper.lock`).  When it is killed, the root supervisor starts a *stand-in* and hands
+over what it holds itself.  A keeper that somebody starts takes a stand-in's place; the place of one that somebody started
+it takes only when told to (`take_over`): then the root supervisor and the fork server are started anew as well, which is
+how a new version of the program comes in while tasks run.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from supervisor.boot import name_process
+from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
+from supervisor.frames import FrameError, Message
+from supervisor.keeping import (
+    FROM_KEEPER,
+    TO_KEEPER,
+    AskState,
+    Drop,
+    Hello,
+    Keep,
+    Kept,
+    KeptAll,
+    Refused,
+    State,
+    Welcome,
+    Yield,
+    in_packets,
+)
+from supervisor.lockfile import LockFile, holder_of
+from supervisor.pidfd import open_pidfd, set_child_subreaper, signal_process, wait_status
+
+EXIT_REFUSES = 78  # EX_CONFIG: the root supervisor says that starting it again would end the same way
+EXIT_RUNNING = 3
+LISTENER = "listener/fork server"
+BACKOFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th start in a row of a part that did not live for RESET_S
+RESET_S = 10.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a keeper keeps: `directory` for its socket and lock; the argument vectors of its two parts.
+
+    The fork server gets the number of its listening socket as its last argument.  `drain_timeout_s` bounds a drain; a root
+    supervisor that takes longer is killed and started again to go on with it.
+    """
+
+    directory: Path
+    root_argv: Sequence[str]
+    fork_server_argv: Sequence[str]
+    drain_timeout_s: float
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / "keeper.sock"
+
+    @property
+    def fork_server_socket(self) -> Path:
+        return self.directory / "forkserver.sock"
+
+
+class Part:
+    """A process that the keeper starts, and starts again; or that another keeper started and this one found.
+
+    Each holds the lock at `lock` while it lives, which is how it is found and why there are never two.
+    """
+
+    def __init__(self, name: str, lock: Path, start: Callable[[], int]) -> None:
+        self.name = name
+        self.pid = 0
+        self.pidfd = -1
+        self.restarts = -1  # the first start is none
+        self.due = 0.0  # when to start it, on the monotonic clock, while it does not run
+        self._lock = lock
+        self._start = start
+        self._failures = 0
+        self._since = 0.0
+
+    @property
+    def running(self) -> bool:
+        return self.pidfd >= 0
+
+    def start(self) -> None:
+        """Find it, or start it."""
+        pid = holder_of(self._lock)
+        try:
+            self.pidfd = open_pidfd(pid) if pid else -1
+        except ProcessLookupError:
+            pid = 0  # it ended just now
+        if not pid:
+            pid = self._start()
+            self.pidfd = open_pidfd(pid)  # not reaped by anybody but us, so the pid is still this process's
+        self.pid, self._since = pid, time.monotonic()
+        self.restarts += 1
+
+    def ended(self) -> int | None:
+        """Note that it has ended, and when to start it again → its exit code (negative: a signal) if anybody can know it."""
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:  # found, not started: its parent, or init, reaps it
+            known = wait_status(self.pidfd)
+            code = None if known is None else os.waitstatus_to_exitcode(known)
+        else:
+            code = os.waitstatus_to_exitcode(status)
+        os.close(self.pidfd)
+        self.pid, self.pidfd = 0, -1
+        now = time.monotonic()
+        self._failures = 0 if now - self._since > RESET_S else self._failures + 1
+        self.due = now + BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
+        return code
+
+    def signal(self, number: int) -> None:
+        if self.running:
+            signal_process(self.pidfd, number)
+
+
+class Keeper:
+    """One keeper.  Its whole life is `run`."""
+
+    def __init__(self, plan: Plan, stand_in: bool, renew: bool = False) -> None:
+        self._plan = plan
+        self._stand_in = stand_in
+        self._renew = renew
+        self._held: dict[str, int] = {}
+        self._data: dict[str, bytes] = {}
+        self._selector = selectors.DefaultSelector()
+        self._fork_server = Part("fork server", plan.directory / "forkserver.lock", self._start_fork_server)
+        self._root = Part("root supervisor", plan.directory / "root.lock", lambda: spawn(plan.root_argv))
+        self._parts = (self._fork_server, self._root)
+        self._draining = False
+        self._drain_deadline = 0.0
+        self._exit_code: int | None = None
+
+    def take(self, kept: Kept, descriptors: list[int]) -> None:
+        """Hold what another keeper held."""
+        self._keep(kept.names, kept.data, descriptors)
+
+    def run(self) -> int:
+        """Keep until a drain is done or the place is given up → the exit code."""
+        set_child_subreaper()
+        self._listen_for_signals()
+        listener = listen(self._plan.socket)
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
+        while self._exit_code is None:
+            self._start_what_is_due()
+            for key, _ in self._selector.select(self._pause_s()):
+                if key.fd in self._selector.get_map():  # not closed by what an earlier event of this round did
+                    key.data()
+        return self._exit_code
+
+    # --- children ---
+
+    def _start_fork_server(self) -> int:
+        # Its listening socket is held like the rest: who wants a process waits in its backlog while it is started again.
+        if LISTENER not in self._held:
+            self._held[LISTENER] = listen(self._plan.fork_server_socket).detach()
+        listener = self._held[LISTENER]
+        return spawn([*self._plan.fork_server_argv, str(listener)], [listener])
+
+    def _start_what_is_due(self) -> None:
+        now = time.monotonic()
+        for part in self._parts:
+            if not part.running and part.due <= now:
+                part.start()
+                self._selector.register(part.pidfd, selectors.EVENT_READ, lambda part=part: self._part_ended(part))
+                if self._renew:  # the place was taken over: what was found runs the old version of the program
+                    part.signal(signal.SIGKILL)
+        self._renew = False
+        if self._draining and now > self._drain_deadline:
+            say("the drain takes too long: the root supervisor is killed, and started again to go on with it")
+            self._drain_deadline = now + self._plan.drain_timeout_s
+            self._root.signal(signal.SIGKILL)
+
+    def _pause_s(self) -> float | None:
+        """How long nothing is due, in seconds; None: for ever."""
+        moments = [part.due for part in self._parts if not part.running]
+        if self._draining:
+            moments.append(self._drain_deadline)
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def _part_ended(self, part: Part) -> None:
+        self._selector.unregister(part.pidfd)
+        pid, code = part.pid, part.ended()
+        if part is self._root and self._draining and code == 0:
+            self._finish(0)
+        elif part is self._root and code == EXIT_REFUSES:
+            self._finish(1)
+        else:
+            say(f"{part.name} (pid {pid}) has ended, {'how is not known' if code is None else how(code)}; it is started again")
+        self._reap()
+
+    def _finish(self, code: int) -> None:
+        """End: the fork server first, since nobody is left who would want a process from it."""
+        if self._fork_server.running:
+            self._selector.unregister(self._fork_server.pidfd)
+            self._fork_server.signal(signal.SIGTERM)
+            wait_for(self._fork_server.pidfd, 5.0)
+            self._fork_server.signal(signal.SIGKILL)
+            self._fork_server.ended()
+        for path in (self._plan.socket, self._plan.fork_server_socket):
+            path.unlink(missing_ok=True)
+        self._exit_code = code
+
+    # --- signals ---
+
+    def _listen_for_signals(self) -> None:
+        waker, self._wake = socket.socketpair()  # kept in an attribute: set_wakeup_fd alone would let it be closed
+        for end in (waker, self._wake):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._drain)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+        def woken() -> None:
+            waker.recv(4096)
+            self._reap()
+
+        self._selector.register(waker, selectors.EVENT_READ, woken)
+
+    def _drain(self, *_: object) -> None:
+        if not self._draining:
+            self._draining = True
+            self._drain_deadline = time.monotonic() + self._plan.drain_timeout_s
+            self._root.signal(signal.SIGTERM)
+
+    def _reap(self) -> None:
+        """Reap orphans (conmon, and processes whose fork server died); this is the one process that waits for them."""
+        parts = {part.pid for part in self._parts}
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None or ended.si_pid in parts:
+                return  # a part's end is seen on its pidfd; what ended after it is reaped then
+            os.waitpid(ended.si_pid, 0)
+
+    # --- connections ---
+
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        channel = Channel(connection, TO_KEEPER)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(channel))
+
+    def _serve(self, channel: Channel) -> None:
+        try:
+            self._answer(channel, *channel.receive(0))
+        except (ChannelClosed, ChannelTimeout):
+            self._close(channel)
+        except FrameError as error:
+            say(f"a client of the keeper broke the protocol: {error}")
+            self._close(channel)
+
+    def _answer(self, channel: Channel, message: Message, descriptors: list[int]) -> None:
+        match message:
+            case Keep(names, data):
+                self._keep(names, data, descriptors)
+            case Drop(names):
+                for name in names:
+                    if name in self._held:
+                        os.close(self._held.pop(name))
+                        self._data.pop(name, None)
+            case Hello():
+                channel.send(Welcome(os.getpid(), self._stand_in, self._draining))
+                self._hand_over(channel)
+                if self._draining:
+                    self._root.signal(signal.SIGTERM)
+            case AskState():
+                root, fork_server = self._root, self._fork_server
+                state = State(
+                    os.getpid(), self._stand_in, root.restarts, fork_server.pid, fork_server.restarts, sorted(self._held)
+                )
+                channel.send(state)
+            case Yield(take_over):
+                if take_over or self._stand_in:
+                    say("another keeper takes this one's place")
+                    self._hand_over(channel)
+                    self._exit_code = 0
+                else:
+                    channel.send(Refused(os.getpid()))
+
+    def _hand_over(self, channel: Channel) -> None:
+        for packet in in_packets(sorted(self._held), self._data):
+            channel.send(packet, [self._held[name] for name in packet.names])
+        channel.send(KeptAll())
+
+    def _keep(self, names: list[str], data: dict[str, bytes], descriptors: list[int]) -> None:
+        if len(names) != len(descriptors):
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise FrameError(f"{len(names)} names came with {len(descriptors)} descriptors")
+        for name, descriptor in zip(names, descriptors, strict=True):
+            if name in self._held:
+                os.close(self._held[name])
+            self._held[name] = descriptor
+        self._data.update(data)
+
+    def _close(self, channel: Channel) -> None:
+        self._selector.unregister(channel.socket)
+        channel.close()
+
+
+def run_keeper(plan: Plan, take_over: bool = False, stand_in: bool = False) -> int:
+    """Be the keeper of `plan.directory` → the exit code: 0 after a drain or when another keeper took the place, 3 when one runs.
+
+    `stand_in`: the tree starts this process in place of a dead keeper.
+    """
+    name_process("keeper")
+    raise_descriptor_limit()
+    plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = LockFile(plan.directory / "keeper.lock")
+    taken: list[tuple[Kept, list[int]]] = []
+    if not lock.acquire():
+        if stand_in:
+            return EXIT_RUNNING  # somebody was faster
+        try:
+            taken = take_place(plan, take_over)
+        except AlreadyRunning as error:
+            say(str(error))
+            return EXIT_RUNNING
+        lock.acquire(wait=True)  # the other one has said its last word and ends
+    keeper = Keeper(plan, stand_in, renew=take_over)
+    for kept, descriptors in taken:
+        keeper.take(kept, descriptors)
+    return keeper.run()
+
+
+class AlreadyRunning(Exception):
+    """A keeper that somebody started lives; the text names its pid."""
+
+
+def take_place(plan: Plan, take_over: bool) -> list[tuple[Kept, list[int]]]:
+    """Ask the living keeper for its place → what it held.  Raises AlreadyRunning."""
+    taken: list[tuple[Kept, list[int]]] = []
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(5.0)
+            connection.connect(str(plan.socket))
+            channel = Channel(connection, FROM_KEEPER)
+            channel.send(Yield(take_over))
+            while True:
+                message, descriptors = channel.receive(5.0)
+                match message:
+                    case Kept():
+                        taken.append((message, descriptors))
+                    case KeptAll():
+                        return taken
+                    case Refused(pid):
+                        raise AlreadyRunning(f"already running, pid {pid}: stop it first, or say --take-over")
+    except (OSError, ChannelClosed, ChannelTimeout, FrameError) as error:
+        pid = holder_of(plan.directory / "keeper.lock")
+        raise AlreadyRunning(
+            f"already running, pid {pid}, but it does not answer on {plan.socket} ({error or type(error).__name__}): end it first"
+        ) from None
+
+
+def listen(path: Path) -> socket.socket:
+    """A SOCK_SEQPACKET socket that listens at `path`, for root only, in place of one that a dead process left there."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path.unlink(missing_ok=True)
+    listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen(64)
+    return listener
+
+
+def spawn(argv: Sequence[str], descriptors: Sequence[int] = ()) -> int:
+    """Start a program in a session of its own, with nothing open but 0, 1, 2 and `descriptors` → its pid."""
+    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True)
+    child.returncode = 0  # Popen must never reap it, nor warn: the keeper waits by pidfd, and its reaper is the only one
+    return child.pid
+
+
+def wait_for(pidfd: int, timeout_s: float) -> None:
+    """Wait until the process has ended, or the time is over."""
+    waiting = select.poll()
+    waiting.register(pidfd, select.POLLIN)
+    waiting.poll(timeout_s * 1000)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process, and all below it, hold as many descriptors as it may: a keeper holds half a dozen for each task."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def how(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,93 @@
+"""What is said to the keeper, on a SOCK_SEQPACKET Unix socket.
+
+The root supervisor says `Hello` and gets `Welcome` and every descriptor held (`Kept`, in packets of several, then `KeptAll`);
+from then on it says `Keep` and `Drop` and gets no answer: a descriptor is safe as soon as it was sent, for the kernel keeps
+what lies in a socket's queue when its sender dies.  Another keeper says `Yield`.
+"""
+
+from __future__ import annotations
+
+from supervisor.channel import DESCRIPTORS_MAX
+from supervisor.frames import Codec, Message
+
+DATA_BYTES_MAX = 16 << 10  # what may be kept beside one descriptor: a FUSE INIT request, for instance
+
+
+class Hello(Message, frozen=True):
+    """From a root supervisor → `Welcome`, `Kept`…, `KeptAll`."""
+
+
+class Welcome(Message, frozen=True):
+    """`stand_in`: this keeper was started by the tree, not by somebody.  `draining`: it was told to end."""
+
+    pid: int
+    stand_in: bool
+    draining: bool
+
+
+class Keep(Message, frozen=True):
+    """Keep the descriptors that came along under these names; a name known already is replaced.  `data` is kept beside them."""
+
+    names: list[str]
+    data: dict[str, bytes] = {}
+
+
+class Drop(Message, frozen=True):
+    names: list[str]
+
+
+class Kept(Message, frozen=True):
+    """Descriptors held, as they came with this message, and what was kept beside them."""
+
+    names: list[str]
+    data: dict[str, bytes] = {}
+
+
+class KeptAll(Message, frozen=True):
+    """No more descriptors follow."""
+
+
+class AskState(Message, frozen=True):
+    """How the keeper's own children fare → `State`."""
+
+
+class State(Message, frozen=True):
+    pid: int
+    stand_in: bool
+    root_restarts: int
+    fork_server_pid: int
+    fork_server_restarts: int
+    names: list[str]
+
+
+class Yield(Message, frozen=True):
+    """From a keeper that wants this one's place: `Kept`…, `KeptAll` and the end of this process, or `Refused`.
+
+    `take_over`: also when this keeper was started by somebody.
+    """
+
+    take_over: bool
+
+
+class Refused(Message, frozen=True):
+    pid: int
+
+
+TO_KEEPER = Codec(Hello, Keep, Drop, AskState, Yield, size_bytes_max=160 << 10)
+FROM_KEEPER = Codec(Welcome, Kept, KeptAll, State, Refused, size_bytes_max=160 << 10)
+
+
+def in_packets(names: list[str], data: dict[str, bytes]) -> list[Kept]:
+    """All that is held as messages small enough to send: at most 32 descriptors and about 64 KiB of data in each."""
+    packets: list[Kept] = []
+    batch: list[str] = []
+    size_bytes = 0
+    for name in names:
+        batch.append(name)
+        size_bytes += len(data.get(name, b""))
+        if len(batch) == DESCRIPTORS_MAX // 2 or size_bytes > 64 << 10:
+            packets.append(Kept(batch, {name: data[name] for name in batch if name in data}))
+            batch, size_bytes = [], 0
+    if batch:
+        packets.append(Kept(batch, {name: data[name] for name in batch if name in data}))
+    return packets

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.actors.image.images import Repository, RunningRegistry
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
+    """One registry for all tests that do not stop it; each uses a repository of its own."""
+    running = RunningRegistry(tmp_path_factory.mktemp("registry"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def repository(registry: RunningRegistry, request: pytest.FixtureRequest) -> Repository:
+    """A repository that no other test uses."""
+    return registry.repository("".join(letter for letter in request.node.name.lower() if letter.isalnum())[:100])
+
+
+@pytest.fixture(autouse=True)
+def anonymous(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever `docker login` left on this machine is none of these tests' business."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path_factory.getbasetemp()))

@@ -1,0 +1,40 @@
+"""One holder at a time, known by its pid, and none as soon as it has ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from supervisor.lockfile import LockFile, holder_of
+
+
+def test_nobody_holds_a_new_lock(tmp_path: Path) -> None:
+    assert holder_of(tmp_path / "lock") == 0
+
+
+def test_the_holder_is_known_and_a_second_one_refused(tmp_path: Path) -> None:
+    first, second = LockFile(tmp_path / "lock"), LockFile(tmp_path / "lock")
+    assert first.acquire()
+    assert holder_of(tmp_path / "lock") == os.getpid()
+    assert not second.acquire()
+    first.close()
+    assert holder_of(tmp_path / "lock") == 0
+    assert second.acquire()
+    second.close()
+
+
+def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        LockFile(tmp_path / "lock").acquire()
+        os.write(writer, b".")
+        signal.pause()
+    os.read(reader, 1)
+    assert holder_of(tmp_path / "lock") == pid
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert holder_of(tmp_path / "lock") == 0
+    os.close(reader)
+    os.close(writer)
