@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,3 +107,17 @@ class TaskLayout:
     def monitor(self) -> Path:
         """conmon's own files: pid files, exit files, sockets."""
         return self.volatile / "monitor"
+
+    def remove_mount_points(self, *points: Path) -> None:
+        """Remove mount points on which nothing is mounted any more, and the volatile home with the last of them.
+
+        With rmdir(2) alone, which cannot remove what somebody mounted: a file of the task's, in the worst case.
+        """
+        for directory in (*points, self.volatile):
+            try:
+                directory.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if directory is not self.volatile or error.errno != errno.ENOTEMPTY:
+                    raise

@@ -150,7 +150,8 @@ def clean_up(services: Services) -> None:
     for task in layout.known_tasks() - unreleased:
         for mount in mounts.mounts_below(str(layout.task(task).volatile)):
             mounts.unmount(mount.target, lazily=True)
-        shutil.rmtree(layout.task(task).volatile, ignore_errors=True)
+        if not mounts.mounts_below(str(layout.task(task).volatile)):  # rmtree would go through a mount, and remove what is on it
+            shutil.rmtree(layout.task(task).volatile, ignore_errors=True)
         if task not in known and not (layout.task(task).workspace_home / "unsynced").exists():
             shutil.rmtree(layout.task(task).durable, ignore_errors=True)
 

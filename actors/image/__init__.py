@@ -10,7 +10,8 @@ Owns.  The archives in `image.archive_dir` (one file per manifest digest, maybe 
 `image.cache_dir` (named by the sha256 of their content), the mounts below `image.mount_dir`, and the image builders.
 
 Survives a restart.  Archives and objects, which are whole or not there at all, and mounts, which belong to the state store: a
-restarted actor adopts them.  A builder that was under way is lost with nothing left but whole objects; the next call starts another.
+restarted actor adopts them.  A builder that was under way is lost with nothing left but whole objects; the next call
+starts another.
 
 Refuses, each with an error that says whose fault it is (`errors`): a reference that is none, an image or platform that the
 registry does not have, a registry that is away or wants credentials, content that is not what its digest says, a layer

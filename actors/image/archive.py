@@ -5,8 +5,9 @@
     behind it   an `ImageInfo`, as msgpack
     the end     the footer: magic, version, place and length of each section, sha256 of all bytes before that
 
-The directory of archives may be shared by several daemons, on one node or many.  An archive appears whole (written beside, renamed into
-place), and whoever writes one for the same digest writes an equal one, or one that differs in `reference` only.
+The directory of archives may be shared by several daemons, on one node or many.  An archive appears whole (written
+beside, renamed into place), and whoever writes one for the same digest writes an equal one, or one that differs in
+`reference` only.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class Archive:
 def write_archive(directory: str, root: erofs.Node, rows: Iterable[Row], info: ImageInfo) -> str:
     """Write the archive of `info.digest` and return its path, where it is whole and durable or not at all.
 
-    Raises OSError, and ValueError for a tree that EROFS cannot express.  What earlier writers that were killed have left is removed.
+    Raises OSError, and ValueError for a tree that EROFS cannot express.  What earlier writers that were killed have
+    left is removed.
     """
     _remove_abandoned(directory)
     path = archive_path(directory, info.digest)
@@ -171,7 +173,7 @@ def _digest(file: BinaryIO, length: int) -> bytes:
 
 
 def _create(directory: str, name: str) -> tuple[str, BinaryIO]:
-    """A new temporary of this writer, locked for as long as it is open: a lock that can be had tells that its writer is dead."""
+    """A new temporary, locked for as long as it is open: a lock that can be had tells that the writer is dead."""
     while True:
         path = os.path.join(directory, f".{name}.{secrets.token_hex(8)}.tmp")
         file = open(path, "x+b")

@@ -1,7 +1,7 @@
 """Building an image: from the registry's layers to an archive and its objects, in one pass over each layer.
 
-The order makes it safe to be killed at any instruction: objects appear whole; they are made durable, all at once, before the archive
-that counts on them is renamed into place.
+The order makes it safe to be killed at any instruction: objects appear whole; they are made durable, all at once,
+before the archive that counts on them is renamed into place.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Build:
         objects.sync()
         keys = _keys(tree.root)
         rows = [row for key, row in contents.rows.items() if key in keys]
-        unpacked_bytes = sum(contents.stored_bytes[key] for key in keys)
+        unpacked_bytes = sum(row.size_bytes - contents.hole_bytes.get(row.key, 0) for row in rows)
         info = _describe(registry.reference, digest, manifest, config, len(rows), unpacked_bytes)
         try:
             path = write_archive(self._order.archive_dir, tree.root, rows, info)

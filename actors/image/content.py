@@ -1,8 +1,8 @@
 """The content of a layer's files: hashed, cut into chunks, and put into OBJECTS, as it goes by.
 
-An object's key is the sha256 of its content.  A sparse file's is the sha256 of its map and data: its holes may be terabytes, which
-nobody should have to hash.  A row's source (`LayerContent`) says where in the image's layers the content is and what each chunk of it
-must hash to, so that a lazy loader can fetch and check a part of it.
+An object's key is the sha256 of its content.  A sparse file's is the sha256 of its map and data: its holes may be
+terabytes, which nobody should have to hash.  A row's source (`LayerContent`) says where in the image's layers the
+content is and what each chunk of it must hash to, so that a lazy loader can fetch and check a part of it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _EXTENT = struct.Struct("<QQ")
 class LayerContent(msgspec.Struct, frozen=True, array_like=True):
     """Where an object's content is: the `source` of an image's rows, as msgpack.
 
-    It is `offset` bytes into the decompressed layer number `layer` (0 is the lowest).  `chunks` are the 32-byte sha256 digests of each
-    CHUNK_BYTES of it, the last one shorter; empty when there is one chunk and its digest is the object's key.  `extents` of a sparse
-    file are (offset in the object, length), ascending: their bytes follow one another in the layer, and it is these that
-    chunks count; the rest of the object is holes.
+    It is `offset` bytes into the decompressed layer number `layer` (0 is the lowest).  `chunks` are the 32-byte sha256
+    digests of each CHUNK_BYTES of it, the last one shorter; empty when there is one chunk and its digest is the
+    object's key.  `extents` of a sparse file are (offset in the object, length), ascending: their bytes follow one
+    another in the layer, and it is these that chunks count; the rest of the object is holes.
     """
 
     layer: int
@@ -39,11 +39,11 @@ class LayerContent(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Contents:
-    """The objects of one image, whether they were in OBJECTS before or not: each one's row and its bytes without holes, by key."""
+    """The objects of one image, in OBJECTS before or not: each one's row, and the holes of sparse ones, by key."""
 
     def __init__(self, objects: Objects) -> None:
         self.rows: dict[str, Row] = {}
-        self.stored_bytes: dict[str, int] = {}
+        self.hole_bytes: dict[str, int] = {}
         self._objects = objects
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -69,7 +69,8 @@ class Contents:
         if key not in self.rows:
             source = self._encoder.encode(LayerContent(layer, entry.offset, chunks, entry.extents))
             self.rows[key] = Row(key, entry.size, source)
-            self.stored_bytes[key] = entry.stored
+            if entry.stored < entry.size:
+                self.hole_bytes[key] = entry.size - entry.stored
         return key
 
 

@@ -1,9 +1,9 @@
 """Layers, overlaid into one tree as the OCI image specification says (layer.md, "Applying Changesets").  No I/O.
 
-What it leaves open is done as containerd does it: an entry below a symbolic link goes where the link leads inside the root.  Two
-things differ.  A whiteout never follows a link, so it can only hide what has its own path; and it hides only what lower layers
-have put there, wherever in the layer it stands.  A link that leads nowhere, or out of the root, does not lead an entry anywhere: that
-is how a layer would climb out.
+What it leaves open is done as containerd does it: an entry below a symbolic link goes where the link leads inside the
+root.  Two things differ.  A whiteout never follows a link, so it can only hide what has its own path; and it hides only
+what lower layers have put there, wherever in the layer it stands.  And an entry below a link that leads nowhere, or out
+of the root, is an error: that is how a layer would climb out.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class LayeredTree:
                 del directory.children[name]
 
     def _hide_lower(self, top: Node) -> None:
-        """Remove what lower layers have put below a directory.  What this layer has put there stays, wherever the whiteout stands."""
+        """Remove what lower layers have put below a directory, and nothing of this layer."""
         directories = [top]
         for directory in directories:  # grows while it is walked
             directories += [child for child in (directory.children or {}).values() if child.children is not None]

@@ -1,7 +1,8 @@
 """Manifests, indexes and image configs as registries serve them, and the choice of one manifest by platform.  No I/O.
 
-Formats: the OCI image specification 1.1 (manifest.md, image-index.md, config.md) and Docker's image manifest version 2, schema 2,
-whose JSON has the same fields.  What a document is, is decided by its fields: Content-Type and mediaType are known to lie.
+Formats: the OCI image specification 1.1 (manifest.md, image-index.md, config.md) and Docker's image manifest version 2,
+schema 2, whose JSON has the same fields.  What a document is, is decided by its fields: Content-Type and mediaType are
+known to lie.
 """
 
 from __future__ import annotations

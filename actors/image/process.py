@@ -1,11 +1,12 @@
 """The process "image builder": builds one image, and ends.
 
-It holds nothing that must be given back: SIGKILL at any instruction leaves whole objects, files without a name, which vanish, and at most
-a hidden temporary in the archive directory, which the next build removes.
+It holds nothing that must be given back: SIGKILL at any instruction leaves whole objects, files without a name, which
+vanish, and at most a hidden temporary in the archive directory, which the next build removes.
 """
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import time
@@ -18,6 +19,7 @@ from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Codec
 
 PULSE_S = 0.25
+ANSWER_TIMEOUT_S = 30.0  # for a reader who is behind; without the answer, the next builder finds all done
 
 
 def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
@@ -31,8 +33,9 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     deadline = time.monotonic() + order.time_max_s
 
     def pulse(number: int, frame: types.FrameType | None) -> None:
-        # A timer's signal, because it comes in any phase: while the registry is silent, and inside a long walk of a hostile layer.
-        # What it raises comes out of whatever the build was doing; a destructor would swallow it, and then it is raised again.
+        # A timer's signal, because it comes in any phase: while the registry is silent, and inside a long walk of a
+        # hostile layer.  What it raises comes out of whatever the build was doing; a destructor would swallow it, and
+        # then it is raised again.
         if time.monotonic() > deadline:
             raise OverBounds(f"{order.reference}: not complete after {order.time_max_s:g} s, the bound on this node")
         try:
@@ -40,6 +43,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         except ChannelTimeout:
             pass  # a reader who is behind misses some
 
+    gc.disable()  # the tree only grows; looking for garbage in it again and again takes a sixth of the time and finds none
     signal.signal(signal.SIGALRM, pulse)
     try:
         try:
@@ -49,6 +53,6 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
             answer = BuildFailed(error.kind, str(error))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        channel.send(answer)
+        channel.send(answer, timeout_s=ANSWER_TIMEOUT_S)
     except ChannelClosed:
         return

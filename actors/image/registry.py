@@ -21,8 +21,8 @@ from actors.image.errors import ContentCorrupt, ImageError, ImageUnknown, Regist
 from actors.image.manifests import (
     ACCEPT,
     DOCUMENT_SIZE_MAX,
-    Descriptor,
     ConfigDocument,
+    Descriptor,
     Index,
     Manifest,
     Platform,
@@ -163,7 +163,7 @@ class Registry:
         return digest, body
 
     def _get_blob(self, digest: str, offset: int, length: int | None) -> Iterator[bytes]:
-        """The blob's pieces from `offset` on, `length` of them or all.  Raises ImageError, and urllib3's errors as they come."""
+        """The blob's bytes from `offset` on, `length` of them or all.  Raises ImageError, and what urllib3 raises."""
         headers = {}
         if offset or length is not None:
             headers["Range"] = f"bytes={offset}-{'' if length is None else offset + length - 1}"
@@ -271,9 +271,10 @@ class Registry:
         )
 
     def _unreachable(self, error: HTTPError) -> ImageError:
-        cause = getattr(error, "reason", None) or error
+        cause = _plain(getattr(error, "reason", None) or error)
+        registry = self.reference.registry
         return RegistryUnreachable(
-            f"{self.reference}: the registry {self.reference.registry} cannot be reached ({_plain(cause)}); is it up, and its name right?"
+            f"{self.reference}: the registry {registry} cannot be reached ({cause}); is it up, and its name right?"
         )
 
     def _verify(self, body: bytes, digest: str) -> None:

@@ -3,9 +3,9 @@
 Why not `tarfile`: it holds extended headers of any size in memory, takes a damaged header in the middle for the end, turns
 times into floats and bytes into text, and is several times slower.
 
-Formats: POSIX.1-2008 ustar and pax, GNU tar's (long names, base-256 numbers, sparse files old, 0.0, 0.1 and 1.0), star's prefix, v7.
-Extended attributes: SCHILY.xattr.* (raw) and LIBARCHIVE.xattr.* (name URL-encoded, value base64).  Global pax headers are
-passed over, as containerd and Docker do, with which images are made and tested.
+Formats: POSIX.1-2008 ustar and pax, GNU tar's (long names, base-256 numbers, sparse files old, 0.0, 0.1 and 1.0),
+star's prefix, v7.  Extended attributes: SCHILY.xattr.* (raw) and LIBARCHIVE.xattr.* (name URL-encoded, value base64).
+Global pax headers are passed over, as containerd and Docker do, with which images are made and tested.
 """
 
 from __future__ import annotations

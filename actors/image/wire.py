@@ -9,13 +9,15 @@ class BuildImage(Message, frozen=True):
     """The arguments of a builder: see to it that the image's archive and all of its content are on this node.
 
     `reference`: as the submitter wrote it.  `platform`: OS/ARCHITECTURE[/VARIANT], "" for this machine's.
-    `archive_dir`, `cache_dir`: where archives and objects lie.  `known_digest`: the manifest whose archive and content are known
-    to be here, complete and durable; None when there is none.  The rest are the bounds: bytes of all layers decompressed (holes
-    of sparse files not counted), entries of all layers, and the time for everything.
+    `archive_dir`, `cache_dir`: where archives and objects lie.  `known_digest`: the manifest whose archive and content are
+    known to be here, complete and durable; None when there is none.
 
-    There are four ends: `Resolved` when the reference (still) names `known_digest`; `Built` without reading a layer when the archive is
-    there, from another daemon perhaps, and OBJECTS have every object of it, which for a reference by that digest does not
-    ask the registry either; `Built` after reading all layers; `BuildFailed`.
+    The bounds are absolute: `unpacked_bytes_max` of all layers decompressed (holes of sparse files are not in there),
+    `entries_max` of all layers (the builder takes about 2 KB of memory for each), `time_max_s` for everything.
+
+    There are four ends.  `Resolved`: the reference (still) names `known_digest`.  `Built` without reading a layer: the
+    archive is there, from another daemon perhaps, and OBJECTS have all that it names; if the reference is its digest,
+    the registry is not even asked.  `Built` after reading all layers.  `BuildFailed`.
     """
 
     reference: str
@@ -51,7 +53,8 @@ class Resolved(Message, frozen=True):
 class Built(Message, frozen=True):
     """Archive and content are here and durable.
 
-    `layer_bytes`: compressed bytes read from the registry, 0 when all was there.  `unpacked_bytes`: of the objects, holes not counted.
+    `layer_bytes`: compressed bytes read from the registry, 0 when all was here.  `unpacked_bytes`: of the objects, holes not
+    counted.
     """
 
     digest: str

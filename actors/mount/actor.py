@@ -128,7 +128,7 @@ class MountActor(Actor):
             case _NotReady() if self._mounting:
                 self._failed(f"the workspace was not ready within {self._services.settings.mount.ready_timeout_s:g} s")
             case _ServeAgain():
-                if self._services.descriptors.get(self._fuse) is not None and not self._releasing:
+                if not self._releasing and mounts.mounts_below(str(self._layout.workspace_lazy)):
                     self._serve()
             case _:
                 self._from_server(message)
@@ -344,9 +344,7 @@ def unmount_tree(services: Services, task: str, keep_staging: bool) -> None:
     layout = services.layout.task(task)
     for target in (layout.workspace, layout.workspace_meta, layout.workspace_lazy):
         mounts.unmount(str(target), lazily=True)
-    for directory in (layout.workspace, layout.workspace_meta, layout.workspace_lazy):
-        if directory.exists():
-            directory.rmdir()
+    layout.remove_mount_points(layout.workspace, layout.workspace_meta, layout.workspace_lazy)
     if not keep_staging:
         shutil.rmtree(layout.workspace_home, ignore_errors=True)
 

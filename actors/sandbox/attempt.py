@@ -135,6 +135,8 @@ def undo(attempt: Attempt) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(monitored.conmon_pid, signal.SIGKILL)  # it would end by itself, but not before what is removed now
     mounts.unmount(str(layout.root), lazily=True)
-    for directory in (layout.root_upper.parent, layout.volatile):
+    # Only what is the container's own: the workspace may still be mounted beside it, and must not be walked into.
+    for directory in (layout.root_upper.parent, layout.bundle, layout.monitor):
         shutil.rmtree(directory, ignore_errors=True)
+    layout.remove_mount_points(layout.root)
     layout.attempt_lock.unlink(missing_ok=True)

@@ -93,8 +93,8 @@ def arguments(image: ImageConfig, command: Sequence[str]) -> list[str]:
     line = [*image.entrypoint, *(command or image.command)]
     if not line or not line[0]:
         raise BundleError("no command: the image has no Entrypoint and no Cmd, so give one after --")
-    for argument in line:
-        _check_text("an argument", argument)
+    for index, argument in enumerate(line):
+        _check_text(f"argument {index} of the command", argument)
     return line
 
 
@@ -112,7 +112,7 @@ def environment(image: ImageConfig, env: Mapping[str, str]) -> list[str]:
     for name, value in merged.items():
         if not name or "=" in name:
             raise BundleError(f"{name!r} is not a name of an environment variable: it is empty or has a '=' in it")
-        _check_text("an environment variable", f"{name}={value}")
+        _check_text(f"the environment variable {name!r}", f"{name}={value}")  # its value may be a secret
     return [f"{name}={value}" for name, value in merged.items()]
 
 
@@ -217,8 +217,8 @@ def _check_text(what: str, text: str) -> None:
     try:
         size_bytes = len(text.encode())
     except UnicodeEncodeError:
-        raise BundleError(f"{what} is not UTF-8: {text[:60]!r}") from None
+        raise BundleError(f"{what} is not UTF-8") from None
     if "\0" in text:
-        raise BundleError(f"{what} has a NUL byte in it: {text[:60]!r}")
+        raise BundleError(f"{what} has a NUL byte in it")
     if size_bytes >= TEXT_BYTES_MAX:
-        raise BundleError(f"{what} has {size_bytes} bytes, beginning {text[:60]!r}; fewer than {TEXT_BYTES_MAX} are possible")
+        raise BundleError(f"{what} has {size_bytes} bytes; fewer than {TEXT_BYTES_MAX} are possible")

@@ -64,8 +64,8 @@ class Container:
 
     @property
     def runtime_state(self) -> Path:
-        """What crun and runc know of it."""
-        return self.runtime.state / self.id
+        """What the runtime keeps of it, and removes when it is deleted."""
+        return self.runtime.state / (f"{self.id}_sandbox:{self.id}.state" if self.runtime.name == "gvisor" else self.id)
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,9 @@ def create(container: Container, command: str, attempt: int, environment: Mappin
     Raises CreateError.  conmon has ended then; a process that the runtime had begun may be left in the control group, for the
     caller to kill there.
     """
+    if container.runtime_state.exists():
+        # Left to the runtime this would fail as well; but what is cleared away after a failure would be the other one.
+        raise CreateError("other", f"there is a container {container.id} already: delete it first")
     deadline = time.monotonic() + timeout_s
     for name in ("exits", "sockets"):
         (container.monitor / name).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -153,12 +156,9 @@ def delete(container: Container, timeout_s: float, force: bool = False) -> None:
 
     Raises ContainerError.
     """
-    forced = ["--force"] if force else []
-    if container.runtime.name == "gvisor":
-        forced = ["--force"]  # without which runsc minds that it does not exist, and its state is in files of its own
-    elif not container.runtime_state.exists():
+    if not container.runtime_state.exists():
         return
-    done = _run(container, ["delete", *forced, container.id], timeout_s)
+    done = _run(container, ["delete", *(["--force"] if force else []), container.id], timeout_s)
     if done.returncode:
         raise ContainerError(f"{container.runtime.name} could not delete the container {container.id}: {done.stderr.strip()}")
 
@@ -214,6 +214,7 @@ def _start_conmon(
         with open(container.conmon_log, "wb") as log:
             return subprocess.Popen(
                 ["conmon", *options],
+                cwd=container.monitor,  # where it writes a file `oom`
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -320,12 +321,13 @@ def _pipes(pid: int, access: int) -> list[tuple[int, str]]:
     """The pipes that a process has open for `access` (O_RDONLY, O_WRONLY): descriptor and name, in the descriptors' order."""
     found = []
     for number in sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd")):
-        name = os.readlink(f"/proc/{pid}/fd/{number}")
-        if name.startswith("pipe:"):
-            with open(f"/proc/{pid}/fdinfo/{number}") as file:
-                flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
-            if flags & os.O_ACCMODE == access:
-                found.append((number, name))
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            name = os.readlink(f"/proc/{pid}/fd/{number}")
+            if name.startswith("pipe:"):
+                with open(f"/proc/{pid}/fdinfo/{number}") as file:
+                    flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
+                if flags & os.O_ACCMODE == access:
+                    found.append((number, name))
     return found
 
 

@@ -42,7 +42,7 @@ def load(path: Path) -> dict[str, Any]:
         section: dict[str, Any] = json.loads(path.read_text())["seccomp"]
         # libseccomp would compile the filter once for every architecture that is named.
         section["architectures"] = [name for name in section["architectures"] if name == _ARCHITECTURES[os.uname().machine]]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SeccompError(f"the system call filter {path} cannot be used ({error!r}): restore it from the release") from None
     return section
 

@@ -39,7 +39,8 @@ def let_end(process: subprocess.Popen[bytes], descriptor: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "code"), [("exit 0", 0), ("exit 139", 139), ("kill -SEGV $$", -signal.SIGSEGV), ("kill -KILL $$", -signal.SIGKILL)]
+    ("script", "code"),
+    [("exit 0", 0), ("exit 139", 139), ("kill -SEGV $$", -signal.SIGSEGV), ("kill -KILL $$", -signal.SIGKILL)],
 )
 def test_status_of_a_running_a_zombie_and_a_reaped_process(script: str, code: int) -> None:
     with shell(script) as (process, descriptor):

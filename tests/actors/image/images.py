@@ -10,7 +10,7 @@ import tarfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import urllib3
 
@@ -40,13 +40,13 @@ def hard_link(name: str, target: str, **fields: Any) -> Member:
     return member(name, kind=tarfile.LNKTYPE, linkname=target, **fields)
 
 
-def tar(*members: Member, format: int = tarfile.PAX_FORMAT) -> bytes:
+def tar(*members: Member, format: Literal[0, 1, 2] = tarfile.PAX_FORMAT) -> bytes:
     """A tar of the members, with its end mark."""
     body = b"".join(encode(item, format) for item in members)
     return body + bytes(1024)
 
 
-def encode(item: Member, format: int = tarfile.PAX_FORMAT) -> bytes:
+def encode(item: Member, format: Literal[0, 1, 2] = tarfile.PAX_FORMAT) -> bytes:
     """One member: its headers, and its content padded to whole records.  Names that are not UTF-8 are surrogate-escaped."""
     info, content = item
     return info.tobuf(format, "utf-8", "surrogateescape") + content + bytes(-len(content) % 512)
@@ -149,5 +149,3 @@ http: {{addr: "127.0.0.1:0"}}
         self._reader.join(10)
         assert self._process.stderr
         self._process.stderr.close()
-
-

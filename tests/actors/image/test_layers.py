@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -10,7 +11,7 @@ import stat
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -76,7 +77,16 @@ def tree_of(*layers: bytes) -> dict[str, str]:
     return found
 
 
-one, two, three = (lambda name: member(name, b"1")), (lambda name: member(name, b"2")), (lambda name: member(name, b"3"))
+def one(name: str) -> Member:
+    return member(name, b"1")
+
+
+def two(name: str) -> Member:
+    return member(name, b"2")
+
+
+def three(name: str) -> Member:
+    return member(name, b"3")
 
 
 # Expected trees, by hand from the image specification's layer.md.
@@ -87,9 +97,11 @@ one, two, three = (lambda name: member(name, b"1")), (lambda name: member(name, 
         pytest.param([[one("a")], [two("a")]], {"a": "2"}, id="a later layer replaces a file"),
         pytest.param([[one("a"), two("a")]], {"a": "2"}, id="of duplicates the last one counts"),
         pytest.param([[one("d/e/a")]], {"d": "/", "d/e": "/", "d/e/a": "1"}, id="missing parents are implied"),
-        pytest.param([[one("./d/a"), two("/d/b"), three("d//./c")]], {"d": "/", "d/a": "1", "d/b": "2", "d/c": "3"}, id="prefixes"),
+        pytest.param([[one("./d/a"), two("/d/b"), three("d//./c")]],
+                     {"d": "/", "d/a": "1", "d/b": "2", "d/c": "3"}, id="prefixes"),
         pytest.param([[one("d/x/../a")]], {"d": "/", "d/a": "1"}, id=".. inside the root"),
-        pytest.param([[directory("d"), one("d/a")], [directory("d")]], {"d": "/", "d/a": "1"}, id="a directory keeps its entries"),
+        pytest.param([[directory("d"), one("d/a")], [directory("d")]],
+                     {"d": "/", "d/a": "1"}, id="a directory keeps its entries"),
         pytest.param([[one("d/a")], [two("d")]], {"d": "2"}, id="a file replaces a directory"),
         pytest.param([[one("d/a")], [two("d")], [three("d/b")]], None, id="an entry below a file"),
         pytest.param([[one("d/a")], [two("d")], [directory("d"), three("d/b")]], {"d": "/", "d/b": "3"}, id="and back again"),
@@ -103,11 +115,13 @@ one, two, three = (lambda name: member(name, b"1")), (lambda name: member(name, 
         pytest.param([[one("a")], [two("a"), one(".wh.a")]], {"a": "2"}, id="whiteout behind its own layer's file"),
         pytest.param([[one("d/a")], [one(".wh.d"), two("d/b")]], {"d": "/", "d/b": "2"}, id="deleted and made anew"),
         pytest.param([[one("d/a")], [two("d/b"), one(".wh.d")]], {"d": "/", "d/b": "2"}, id="made anew, whiteout behind it"),
-        pytest.param([[one("d/e/a"), one("d/c")], [two("d/e/b"), one(".wh.d")]], {"d": "/", "d/e": "/", "d/e/b": "2"}, id="deep"),
+        pytest.param([[one("d/e/a"), one("d/c")], [two("d/e/b"), one(".wh.d")]],
+                     {"d": "/", "d/e": "/", "d/e/b": "2"}, id="deep"),
         pytest.param([[one("d/a")], [directory("d"), one(".wh.d")]], {"d": "/"}, id="whiteout and an empty directory"),
         pytest.param([[one("a")], [one(".wh.a")], [two("a")]], {"a": "2"}, id="deleted, and there again a layer later"),
         pytest.param([[directory("d")], [one(".wh.d")]], {}, id="whiteout of an empty directory"),
-        pytest.param([[one("d/a"), symlink("s", "d")], [one(".wh.s")]], {"d": "/", "d/a": "1"}, id="whiteout of a link hides the link"),
+        pytest.param([[one("d/a"), symlink("s", "d")], [one(".wh.s")]],
+                     {"d": "/", "d/a": "1"}, id="whiteout of a link hides the link"),
         pytest.param([[one("d/a"), symlink("s", "d")], [one("s/.wh.a")]],
                      {"d": "/", "d/a": "1", "s": "-> d"}, id="whiteouts follow no link"),
         pytest.param([[one("a")], [member(".wh.a", b"not empty"), two("b")]], {"b": "2"}, id="a whiteout with content"),
@@ -115,7 +129,8 @@ one, two, three = (lambda name: member(name, b"1")), (lambda name: member(name, 
         # Opaque directories
         pytest.param([[one("d/a"), two("d/b")], [directory("d"), one("d/.wh..wh..opq"), three("d/c")]],
                      {"d": "/", "d/c": "3"}, id="opaque"),
-        pytest.param([[one("d/a")], [three("d/c"), one("d/.wh..wh..opq")]], {"d": "/", "d/c": "3"}, id="opaque behind the entries"),
+        pytest.param([[one("d/a")], [three("d/c"), one("d/.wh..wh..opq")]],
+                     {"d": "/", "d/c": "3"}, id="opaque behind the entries"),
         pytest.param([[one("d/a"), one("d/e/f")], [two("d/e/g"), one("d/.wh..wh..opq")]],
                      {"d": "/", "d/e": "/", "d/e/g": "2"}, id="opaque, deep"),
         pytest.param([[one("a"), one("d/b")], [one(".wh..wh..opq"), two("c")]], {"c": "2"}, id="opaque root"),
@@ -140,7 +155,8 @@ one, two, three = (lambda name: member(name, b"1")), (lambda name: member(name, 
         pytest.param([[directory("u"), one("u/a"), symlink("s", "u"), hard_link("b", "s/a")]],
                      {"b": "1", "s": "-> u", "u": "/", "u/a": "1"}, id="to a target through a link"),
         pytest.param([[symlink("s", "x"), hard_link("t", "s")]], {"s": "-> x", "t": "-> x"}, id="to a symbolic link"),
-        pytest.param([[member("p", kind=tarfile.FIFOTYPE), hard_link("q", "p")]], {"p": "0o10000", "q": "0o10000"}, id="to a fifo"),
+        pytest.param([[member("p", kind=tarfile.FIFOTYPE), hard_link("q", "p")]],
+                     {"p": "0o10000", "q": "0o10000"}, id="to a fifo"),
         pytest.param([[]], {}, id="an empty layer"),
     ],
 )  # fmt: skip
@@ -231,13 +247,14 @@ def test_devices_fifos_and_the_attributes_that_linux_has_are_kept() -> None:
     assert found["ping"].xattrs == {b"security.capability": capability, b"user.": b"\n"}
 
 
-# An oracle for layers without links: each layer a tree of its own, merged over what is below.  a and b are directories, x and y files.
+# An oracle for layers without links: each layer a tree of its own, merged over what is below.
+# a and b are directories, x and y files.
 parents = st.lists(st.sampled_from("ab"), max_size=2)
 step = st.tuples(st.sampled_from(["put", "hide", "opaque"]), parents, st.sampled_from("abxy"))
 
 
 def merged(lower: dict[str, Any], upper: dict[str, Any], hidden: set[str], opaque: set[str], at: str = "") -> dict[str, Any]:
-    """`lower` with one layer's changes; files are numbers, directories dicts; `hidden` and `opaque` are the whiteouts' paths."""
+    """`lower` with one layer's changes: files are numbers, directories dicts, `hidden` and `opaque` the whiteouts' paths."""
     result = {} if at in opaque else {name: below for name, below in lower.items() if at + name not in hidden}
     for name in result.keys() | upper.keys():
         if name in "ab":
@@ -296,7 +313,7 @@ def pax(*records: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_names_of_every_length_and_any_bytes_are_read(format: int) -> None:
+def test_names_of_every_length_and_any_bytes_are_read(format: Literal[0, 1, 2]) -> None:
     names = [b"a", b"\xff\xfe/not utf-8", "é".encode(), b"d/" + b"n" * 90, b"p" * 80 + b"/" + b"n" * 90, b" spaces \n"]
     if format != tarfile.USTAR_FORMAT:
         names += [b"l" * 255, b"d/" * 400 + b"x"]
@@ -391,15 +408,13 @@ def test_a_damaged_tar_is_an_error_of_ours_or_another_tar(data: st.DataObject) -
         if good[at + 257 : at + 262] == b"ustar":
             good[at + 148 : at + 156] = b"        "
             good[at + 148 : at + 156] = b"%06o\0 " % sum(good[at : at + 512])
-    try:
+    with contextlib.suppress(ImageError):
         overlay(bytes(good))
-    except ImageError as error:
-        assert str(error)
 
 
 members = st.builds(
     lambda name, content, mode, uid, mtime: member(name, content, mode=mode, uid=uid, mtime=mtime),
-    st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=60).filter(lambda n: n not in (".", "..")),
+    st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=60),
     st.binary(max_size=1500),
     st.integers(0, 0o7777),
     st.integers(0, 2**32 - 2),
@@ -408,7 +423,7 @@ members = st.builds(
 
 
 @given(st.lists(members, max_size=5), st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-def test_what_tarfile_writes_is_read_as_tarfile_reads_it(items: list[Member], format: int) -> None:
+def test_what_tarfile_writes_is_read_as_tarfile_reads_it(items: list[Member], format: Literal[0, 1, 2]) -> None:
     layer = tar(*items, format=format)
     with tarfile.open(fileobj=io.BytesIO(layer), errors="surrogateescape") as reader:
         expected = [(os.fsencode(i.name), i.mode, i.uid, i.mtime, i.size, i.offset_data) for i in reader]
@@ -507,7 +522,9 @@ def test_a_sparse_map_without_end_is_refused() -> None:
             parse(head + tar(member("f", flat)))
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES, 3 * CHUNK_BYTES + 77])
+@pytest.mark.parametrize(
+    "size", [0, 1, 4096, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES, 3 * CHUNK_BYTES + 77]
+)
 def test_an_object_has_the_files_content_and_its_row_says_where_in_the_layer_it_is(size: int, tmp_path: Path) -> None:
     content = bytes(index * 31 % 251 for index in range(1000)) * (size // 1000 + 1)
     content = content[:size]
@@ -554,7 +571,13 @@ TEXT = b"some text that is long enough to be worth compressing. " * 2000
 @pytest.mark.parametrize("pieces_of", [1, 7, 1000, 1 << 20])
 def test_plain_and_gzip_in_one_or_many_members_are_unpacked(pieces_of: int) -> None:
     members = b"".join(gzip.compress(TEXT[at : at + 10_000]) for at in range(0, len(TEXT), 10_000))
-    for blob in (TEXT, gzip.compress(TEXT), members, gzip.compress(b"") + gzip.compress(TEXT), gzip.compress(TEXT) + bytes(500)):
+    for blob in (
+        TEXT,
+        gzip.compress(TEXT),
+        members,
+        gzip.compress(b"") + gzip.compress(TEXT),
+        gzip.compress(TEXT) + bytes(500),
+    ):
         assert unpacked(blob, pieces_of) == TEXT
     assert unpacked(b"", pieces_of) == unpacked(gzip.compress(b""), pieces_of) == b""
 
@@ -629,16 +652,20 @@ def test_a_stream_that_is_not_its_diff_id_is_refused_at_its_end() -> None:
 
 def test_the_bounds_are_absolute_and_exact() -> None:
     layer = tar(one("a"), one("d/b"))
-    for bytes_max, entries_max, text in ((len(layer), 3, None), (len(layer) - 1, 3, "bytes"), (len(layer), 2, "entries")):
-        bounds = Budget(bytes_max, entries_max)
-        tree, source = LayeredTree(bounds), stream(layer, bounds=bounds)
-        try:
-            for entry in entries(source, bounds):
-                tree.add(entry, None)
-            source.finish()
-            assert text is None
-        except OverBounds as error:
-            assert text and text in str(error)
+    assert bounded(layer, len(layer), 3) == {"a", "d", "d/b"}
+    with pytest.raises(OverBounds, match="bytes"):
+        bounded(layer, len(layer) - 1, 3)
+    with pytest.raises(OverBounds, match="entries"):
+        bounded(layer, len(layer), 2)
+
+
+def bounded(layer: bytes, unpacked_bytes_max: int, entries_max: int) -> set[str]:
+    bounds = Budget(unpacked_bytes_max, entries_max)
+    tree, source = LayeredTree(bounds), stream(layer, bounds=bounds)
+    for entry in entries(source, bounds):
+        tree.add(entry, None)
+    source.finish()
+    return {path for path, _ in paths(tree.root)}
 
 
 def test_headers_that_are_nothing_but_metadata_are_bounded() -> None:
@@ -649,5 +676,13 @@ def test_headers_that_are_nothing_but_metadata_are_bounded() -> None:
 
 
 def test_whiteouts_are_known_by_their_name() -> None:
-    names = {"a": False, ".wh.a": True, "d/.wh.a": True, ".wh.d/a": False, "d/.wh..wh..opq": True, ".wh.a/": True, "a.wh.": False}
+    names = {
+        "a": False,
+        ".wh.a": True,
+        "d/.wh.a": True,
+        ".wh.d/a": False,
+        "d/.wh..wh..opq": True,
+        ".wh.a/": True,
+        "a.wh.": False,
+    }
     assert {name: is_whiteout(parse(tar(one(name)))[0]) for name in names} == names

@@ -28,7 +28,18 @@ from actors.image.wire import BuildFailed, BuildImage, Built, Progress, Resolved
 from actors.lazytree.mounts import mount_erofs, mount_overlay, unmount
 from supervisor.channel import Channel, ChannelClosed
 from supervisor.frames import Codec, Message
-from tests.actors.image.images import OCI, Member, Repository, RunningRegistry, digest, directory, hard_link, member, symlink, tar
+from tests.actors.image.images import (
+    OCI,
+    Member,
+    Repository,
+    RunningRegistry,
+    digest,
+    directory,
+    hard_link,
+    member,
+    symlink,
+    tar,
+)
 
 ANSWERS = Codec(Progress, Resolved, Built, BuildFailed)
 
@@ -159,7 +170,9 @@ BIG = random.Random(1).randbytes(3 << 20)
 CAPABILITY = "\x01\0\0\x02\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
 
 
-def test_the_tree_that_the_kernel_shows_is_the_one_that_the_layers_describe(repository: Repository, node: Node, tmp_path: Path) -> None:
+def test_the_tree_that_the_kernel_shows_is_the_one_that_the_layers_describe(
+    repository: Repository, node: Node, tmp_path: Path
+) -> None:
     lowest = tar(
         directory("./", mode=0o711, mtime=1),
         directory("bin", mtime=2),
@@ -194,7 +207,13 @@ def test_the_tree_that_the_kernel_shows_is_the_one_that_the_layers_describe(repo
     built = node.built(repository.reference())
     assert built.digest == pushed["digest"]
     info = Archive.open(built.archive).info
-    assert (info.env, info.entrypoint, info.command, info.working_dir, info.user) == (["PATH=/bin"], ["/bin/su"], ["-"], "/srv", "5")
+    assert (info.env, info.entrypoint, info.command, info.working_dir, info.user) == (
+        ["PATH=/bin"],
+        ["/bin/su"],
+        ["-"],
+        "/srv",
+        "5",
+    )
     assert [layer.diff_id for layer in info.layers] == [digest(lowest), digest(upper)]
     assert info.reference == f"{repository.reference().removesuffix(':latest')}@{built.digest}"
     s = 10**9

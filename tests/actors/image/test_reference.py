@@ -42,10 +42,14 @@ def test_what_people_write_means_this_in_full(text: str, full: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", " ", "Ubuntu", "ubuntu:", "ubuntu@", ":tag", "@" + DIGEST, "/ubuntu", "ubuntu/", "a//b", "a/../b", "../a", "./a", "a b", "a\n",
-        "ubuntu:-tag", "ubuntu:a/b:c", "ubuntu:" + "t" * 129, "ubuntu:é", "übuntu", "a..b", "a___b", "-a", "a-", "_a", "a_", ".a",
-        "ubuntu@sha256:abc", "ubuntu@" + DIGEST.upper(), "ubuntu@sha512:" + "0" * 128, f"ubuntu@{DIGEST}@{DIGEST}", f"ubuntu@{DIGEST}:tag",
-        "host:port/name", "host:0/name", "host:65536/name", "host:/name", "-host.example/name", "ho_st.example/name", "[::1/name",
+        "", " ", "Ubuntu", "ubuntu:", "ubuntu@", ":tag", "@" + DIGEST, "/ubuntu", "ubuntu/", "a//b", "a/../b", "../a", "./a",
+        "a b", "a\n",
+        "ubuntu:-tag", "ubuntu:a/b:c", "ubuntu:" + "t" * 129, "ubuntu:é", "übuntu", "a..b", "a___b", "-a", "a-",
+        "_a", "a_", ".a",
+        "ubuntu@sha256:abc", "ubuntu@" + DIGEST.upper(), "ubuntu@sha512:" + "0" * 128,
+        f"ubuntu@{DIGEST}@{DIGEST}", f"ubuntu@{DIGEST}:tag",
+        "host:port/name", "host:0/name", "host:65536/name", "host:/name", "-host.example/name", "ho_st.example/name",
+        "[::1/name",
         "http://host.example/name", "host.example:80/", "host.example/" + "n" * 250, "a\0b", "ubuntu:lat\nest",
     ],
 )  # fmt: skip
@@ -64,7 +68,8 @@ def test_an_absurdly_long_reference_is_not_repeated_in_full() -> None:
     ("registry", "loopback"),
     [
         ("localhost", True), ("localhost:5000", True), ("127.0.0.1", True), ("127.8.9.10:80", True), ("[::1]:5000", True),
-        ("docker.io", False), ("128.0.0.1:5000", False), ("localhost.example", False), ("127.example:80", False), ("[::2]:5000", False),
+        ("docker.io", False), ("128.0.0.1:5000", False), ("localhost.example", False), ("127.example:80", False),
+        ("[::2]:5000", False),
     ],
 )  # fmt: skip
 def test_only_registries_on_this_machine_are_loopback(registry: str, loopback: bool) -> None:

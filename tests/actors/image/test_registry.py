@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import hashlib
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 
 from actors.image import registry as client
 from actors.image.credentials import BasicChallenge, BearerChallenge, Login, docker_login, parse_challenge, parse_token
@@ -61,8 +63,8 @@ def descriptor(**fields: Any) -> dict[str, Any]:
         ({"config": descriptor(), "layers": [descriptor(digest="sha512:" + "0" * 128)]}, Unsupported, "not a sha256"),
         ({"config": descriptor(size=-1), "layers": []}, RegistryBroken, "of -1 bytes"),
         ({"config": descriptor(), "layers": [descriptor(size="1")]}, RegistryBroken, "not an image manifest"),
-        ({"config": descriptor(), "layers": [descriptor(mediaType="application/vnd.cncf.helm.chart")]}, Unsupported, "layer of type"),
-        ({"config": descriptor(), "layers": [descriptor(mediaType=f"{OCI}.layer.v1.tar+encrypted")]}, Unsupported, "layer of type"),
+        ({"config": descriptor(), "layers": [descriptor(mediaType="application/vnd.helm.chart")]}, Unsupported, "of type"),
+        ({"config": descriptor(), "layers": [descriptor(mediaType=f"{OCI}.layer.v1.tar+encrypted")]}, Unsupported, "of type"),
         ({"manifests": [descriptor(digest="x")]}, RegistryBroken, "not a sha256"),
     ],
 )  # fmt: skip
@@ -74,7 +76,12 @@ def test_a_document_that_is_no_manifest_is_refused(document: Any, error: type[Im
 
 def test_manifests_and_indexes_of_docker_and_oci_are_known_by_their_fields() -> None:
     docker = "application/vnd.docker.image.rootfs.diff.tar.gzip"
-    manifest = {"schemaVersion": 2, "config": descriptor(), "layers": [descriptor(mediaType=docker), descriptor()], "annotations": None}
+    manifest = {
+        "schemaVersion": 2,
+        "config": descriptor(),
+        "layers": [descriptor(mediaType=docker), descriptor()],
+        "annotations": None,
+    }
     found = parse_manifest(json.dumps(manifest).encode(), "name")
     assert isinstance(found, Manifest)
     assert [layer.media_type for layer in found.layers] == [docker, f"{OCI}.layer.v1.tar"]
@@ -125,8 +132,9 @@ def test_the_manifest_for_a_platform_is_chosen(platform: str, there: list[str], 
 
 
 @pytest.mark.parametrize(
-    ("machine", "platform"), [("x86_64", "linux/amd64"), ("aarch64", "linux/arm64/v8"), ("armv7l", "linux/arm/v7"), ("riscv64", "linux/riscv64")]
-)  # fmt: skip
+    ("machine", "platform"),
+    [("x86_64", "linux/amd64"), ("aarch64", "linux/arm64/v8"), ("armv7l", "linux/arm/v7"), ("riscv64", "linux/riscv64")],
+)
 def test_this_machines_platform(machine: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "machine", lambda: machine)
     assert str(Platform.own()) == platform
@@ -166,7 +174,7 @@ def test_a_config_must_fit_manifest_and_platform() -> None:
 @pytest.mark.parametrize(
     ("headers", "challenge"),
     [
-        (['Bearer realm="https://a.example/t",service="s",scope="x:y:pull,push"'], BearerChallenge("https://a.example/t", "s", "x:y:pull,push")),
+        (['Bearer realm="https://a.example/t",service="s",scope="x:y:pull"'], BearerChallenge("https://a.example/t", "s", "x:y:pull")),
         (['bearer Realm="https://a.example/t"'], BearerChallenge("https://a.example/t", "", "default")),
         (['Basic realm="r"'], BasicChallenge()),
         (['Basic realm="r"', 'Bearer realm="https://a.example/t"'], BearerChallenge("https://a.example/t", "", "default")),
@@ -183,13 +191,21 @@ def test_tokens() -> None:
     assert parse_token(b'{"token": "a", "access_token": "b"}') == "a"
     assert parse_token(b'{"access_token": "b", "expires_in": 60}') == "b"
     assert [parse_token(body) for body in (b"{}", b"[]", b"no", b'{"token": 1}')] == [None] * 4
-    assert BearerChallenge("https://a/t?x=1", "s", "repository:a/b:pull").url() == "https://a/t?x=1&service=s&scope=repository%3Aa%2Fb%3Apull"
+    assert (
+        BearerChallenge("https://a/t?x=1", "s", "repository:a/b:pull").url()
+        == "https://a/t?x=1&service=s&scope=repository%3Aa%2Fb%3Apull"
+    )
 
 
 def test_what_docker_login_left_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     auth = base64.b64encode(b"me:pass:word").decode()
-    auths = {"r.example:5000": {"auth": auth}, "https://index.docker.io/v1/": {"auth": auth}, "b.example": {"auth": "?"}, "c.example": {}}
+    auths = {
+        "r.example:5000": {"auth": auth},
+        "https://index.docker.io/v1/": {"auth": auth},
+        "b.example": {"auth": "?"},
+        "c.example": {},
+    }
     assert docker_login("r.example:5000") is None
     (tmp_path / "config.json").write_text(json.dumps({"auths": auths, "credsStore": "x"}))
     assert docker_login("r.example:5000") == docker_login("docker.io") == Login("me", "pass:word")
@@ -358,9 +374,12 @@ def test_a_password_is_sent_only_when_it_is_asked_for() -> None:
         with Registry(reference, Login("me", "secret")) as registry:
             assert read_blob(registry) == BLOB
         assert sent == [None, Login("me", "secret").basic]
-        with Registry(reference, Login("me", "wrong")) as registry, pytest.raises(Unauthorised, match="refuses these credentials"):
+        with (
+            Registry(reference, Login("me", "wrong")) as registry,
+            pytest.raises(Unauthorised, match="refuses these credentials"),
+        ):
             read_blob(registry)
-        with Registry(reference) as registry, pytest.raises(Unauthorised, match="refuses anonymous access .*docker login"):
+        with Registry(reference) as registry, pytest.raises(Unauthorised, match=r"refuses anonymous access .*docker login"):
             read_blob(registry)
 
 
@@ -460,7 +479,9 @@ def test_a_connection_that_breaks_without_any_progress_is_given_up() -> None:
             read_blob(registry)
 
 
-@pytest.mark.parametrize(("status", "error"), [(500, RegistryBroken), (503, RegistryBroken), (429, RegistryUnreachable), (418, RegistryBroken)])
+@pytest.mark.parametrize(
+    ("status", "error"), [(500, RegistryBroken), (503, RegistryBroken), (429, RegistryUnreachable), (418, RegistryBroken)]
+)
 def test_errors_of_the_registry_are_told_after_a_few_attempts(status: int, error: type[ImageError]) -> None:
     asked = []
 
@@ -496,9 +517,13 @@ def test_a_registry_that_is_not_there_is_named() -> None:
 
 
 def test_a_registry_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "TIMEOUT", client.Timeout(connect=1, read=0.1))
+    monkeypatch.setattr(client, "TIMEOUT", urllib3.Timeout(connect=1, read=0.1))
     done = threading.Event()
-    with server(lambda request: done.wait(10) and None) as address, Registry(Reference.parse(f"{address}/a")) as registry:
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        done.wait(10)
+
+    with server(answer) as address, Registry(Reference.parse(f"{address}/a")) as registry:
         with pytest.raises(RegistryUnreachable, match="timed out"):
             registry.resolve(AMD64)
         done.set()
@@ -506,14 +531,19 @@ def test_a_registry_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 
 def test_other_hosts_are_reached_by_https_only(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    monkeypatch.setattr(client.urllib3.PoolManager, "request", lambda self, method, url, **rest: opened.append(url) or 1 / 0)
+
+    def request(self: urllib3.PoolManager, method: str, url: str, **rest: Any) -> None:
+        opened.append(url)
+        raise urllib3.exceptions.HTTPError("not in a test")
+
+    monkeypatch.setattr(urllib3.PoolManager, "request", request)
     for text, url in {
         "ubuntu:22.04": "https://registry-1.docker.io/v2/library/ubuntu/manifests/22.04",
         "r.example:5000/a/b": "https://r.example:5000/v2/a/b/manifests/latest",
         "localhost:5000/a": "http://localhost:5000/v2/a/manifests/latest",
         "[::1]:5000/a": "http://[::1]:5000/v2/a/manifests/latest",
     }.items():
-        with Registry(Reference.parse(text)) as registry, pytest.raises(ZeroDivisionError):
+        with Registry(Reference.parse(text)) as registry, pytest.raises(RegistryUnreachable):
             registry.resolve(AMD64)
         assert opened.pop() == url
 
@@ -537,10 +567,10 @@ def test_a_manifest_is_checked_against_what_the_registry_announces() -> None:
     body = json.dumps({"config": descriptor(), "layers": []}).encode()
     right = "sha256:" + hashlib.sha256(body).hexdigest()
     for announced, good in ((right, True), ("", True), ("sha512:abc", True), ("sha256:" + "0" * 64, False)):
-        with server(lambda request, a=announced: reply(request, 200, body, Docker_Content_Digest=a)) as address:  # type: ignore[misc]
-            with Registry(Reference.parse(f"{address}/a")) as registry:
-                if good:
-                    assert registry.resolve(AMD64) == right
-                else:
-                    with pytest.raises(ContentCorrupt, match="damaged"):
-                        registry.resolve(AMD64)
+        answer = functools.partial(reply, status=200, body=body, Docker_Content_Digest=announced)
+        with server(answer) as address, Registry(Reference.parse(f"{address}/a")) as registry:
+            if good:
+                assert registry.resolve(AMD64) == right
+            else:
+                with pytest.raises(ContentCorrupt, match="damaged"):
+                    registry.resolve(AMD64)

@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 from actors.mount.journal import Batch, Journal
-from actors.mount.listing import RESERVED, Bounds
+from actors.mount.listing import RESERVED, Bounds, Entry
+from actors.mount.merge import Action, Step
+from actors.mount.store import Store
 from actors.mount.sync import sync
-from tests.actors.mount.conftest import TASK_ID, Workspace, contents, write
+from tests.actors.mount.conftest import OLD_NS, TASK_ID, Workspace, contents, write
 
 
 def test_nothing_staged(workspace: Workspace, store: Path) -> None:
@@ -425,6 +428,93 @@ def test_two_tasks_of_one_store(workspaces: Callable[[str], Workspace], store: P
     }
 
 
+def test_two_tasks_that_sync_at_once(workspaces: Callable[[str], Workspace], store: Path) -> None:
+    """Each of the files that both wrote is there twice: whoever came second found the other's."""
+    names = [f"f{number}" for number in range(150)]
+    for name in names:
+        write(store / name, "old")
+    tasks = [workspaces(f"t{number}").begin() for number in range(3)]
+    for workspace in tasks:
+        workspace.run(lambda: [Path(name).write_text(workspace.task) for name in names])  # noqa: B023 (it runs at once)
+    pids = []
+    for workspace in tasks:
+        pids.append(os.fork())
+        if not pids[-1]:
+            os._exit({"synced": 0, "conflict": 1}.get(workspace.sync().outcome, 2))
+    assert {os.WEXITSTATUS(os.waitpid(pid, 0)[1]) for pid in pids} <= {0, 1}
+    for name in names:
+        found = sorted(path.read_text() for path in store.iterdir() if path.name.split(".")[0] == name)
+        assert found == [workspace.task for workspace in tasks]
+    assert not (store / os.fsdecode(RESERVED)).exists()
+
+
+def test_a_conflict_stays_one(workspace: Workspace, store: Path) -> None:
+    """What others put where the task removed or wrote is not taken for known: a later write of the task is a conflict again."""
+    write(store / "removed", "old")
+    write(store / "written", "old")
+    workspace.begin()
+    workspace.run(lambda: (os.remove("removed"), Path("written").write_text("1")))
+    for name in ("removed", "written"):
+        write(store / name, "theirs", old=False)
+    assert workspace.sync().outcome == "conflict"
+    workspace.run(lambda: (Path("removed").write_text("2"), Path("written").write_text("2")))
+    outcome = workspace.sync()
+    assert {conflict.path: conflict.beside for conflict in outcome.conflicts} == {
+        b"removed": b"removed.aerie-conflict-t1",
+        b"written": b"written.aerie-conflict-t1",
+    }
+    assert {name: what[0] for name, what in workspace.tree().items()} == {
+        "removed": b"theirs",
+        "removed.aerie-conflict-t1": b"2",
+        "written": b"theirs",
+        "written.aerie-conflict-t1": b"2",
+    }
+
+
+def test_hard_links_in_the_store_are_files_of_their_own_to_a_task(workspace: Workspace, store: Path) -> None:
+    write(store / "one", "x")
+    os.link(store / "one", store / "two")
+    os.link(store / "one", store / "three")
+    workspace.begin()
+
+    def task() -> None:
+        os.utime("one", ns=(5, 5))
+        os.chmod("one", 0o600)
+        os.rename("two", "moved")
+        os.chmod("moved", 0o755)
+
+    workspace.run(task)
+    assert workspace.sync().outcome == "synced"
+    assert {name: (what[1], (store / name).stat().st_mtime_ns) for name, what in workspace.tree().items()} == {
+        "one": (0o600, 5),
+        "moved": (0o755, OLD_NS),
+        "three": (0o644, OLD_NS),
+    }
+
+
+def test_a_renamed_file_whose_old_name_stays_is_not_described_in_place(store: Path, tmp_path: Path) -> None:
+    """Its old name was to go, and did not: its inode is not this step's alone."""
+    write(store / "old", "x")
+    opened = Store(str(store), "t1", os.open(tmp_path, os.O_RDONLY))
+    entry = opened.look(b"old")
+    assert entry is not None
+    wanted = Entry(stat.S_IFREG | 0o600, 5, entry.content)
+    step = Step(Action.LINK, b"new", b"new", wanted, None, wanted.mode, b"old", entry.content)
+    prepared = opened.prepare(step, going=True)
+    assert prepared is not None
+    with opened.lock():
+        assert not opened.carry_out(prepared)
+    assert opened.look(b"old") == entry
+    assert opened.recover() == {entry.content: b".aerie-sync/t1/" + prepared.temporary}
+    (store / "old").unlink()
+    with opened.lock():
+        assert opened.carry_out(prepared)
+    assert opened.look(b"new") == prepared.reached
+    opened.clean()
+    opened.close()
+    assert list(store.iterdir()) == [store / "new"]
+
+
 def test_while_the_task_runs(workspace: Workspace, store: Path) -> None:
     """What is written comes to the store; what the task may still read from there stays; and a sync knows its own work again."""
     for name in ("a", "b", "removed", "renamed"):
@@ -601,6 +691,79 @@ def test_killed_at_any_instant(workspaces: Callable[[str], Workspace], store: Pa
         assert (outcome.outcome, outcome.conflicts, outcome.files) == ("synced", [], 0)
         workspace.unmount()
     assert kills > 20
+
+
+def _sync_until(workspace: Workspace, calls: int) -> bool:
+    """Sync in a process that kills itself before its `calls`-th call of anything in C or of the syncer's own; False when it came to its end."""
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFSIGNALED(status)
+    left = calls
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal left
+        if event == "call" and frame.f_code.co_filename.endswith(("/store.py", "/copying.py", "/journal.py")):
+            left -= 1
+        elif event == "c_call" and getattr(argument, "__module__", "") in ("posix", "fcntl"):
+            left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+    outcome = workspace.sync()
+    sys.setprofile(None)
+    os._exit(outcome.outcome not in ("synced", "conflict"))
+
+
+def test_killed_before_any_call(tmp_path: Path, workspaces: Callable[[str], Workspace]) -> None:
+    """Once, at a place that moves on from try to try; then a sync to the end: always the same store and the same outcome."""
+
+    def task() -> None:
+        os.rename("swap/one", "swap/three")
+        os.rename("swap/two", "swap/one")
+        os.rename("swap/three", "swap/two")
+        os.rename("file", "renamed")
+        os.utime("renamed", ns=(5, 5))
+        os.link("renamed", "linked")
+        os.chmod("mode", 0o700)
+        os.mkdir("new")
+        os.rename("d", "new/d")
+        os.remove("new/d/1")
+        Path("new/d/3").write_text("3")
+        os.remove("kind")
+        os.mkdir("kind")
+        os.rename("late", "kind/file")
+        Path("conflict").write_text("ours")
+        os.link("conflict", "conflict 2")
+        os.symlink("x", "symlink")
+
+    def begin(name: str) -> Workspace:
+        workspace = workspaces(name)
+        workspace.store = tmp_path / f"{name}.store"
+        for path in ("swap/one", "swap/two", "file", "mode", "d/1", "d/2", "kind", "late", "conflict"):
+            write(workspace.store / path, path)
+        workspace.begin()
+        workspace.run(task)
+        workspace.unmount()
+        write(workspace.store / "conflict", "theirs", old=False)
+        workspace.task = "T"
+        return workspace
+
+    def result(workspace: Workspace) -> tuple[object, ...]:
+        outcome = workspace.sync()
+        return outcome.outcome, outcome.error, outcome.conflicts, workspace.tree(), (workspace.store / "renamed").stat().st_mtime_ns
+
+    wanted = result(begin("w"))
+    assert wanted[0] == "conflict"
+    calls, killed = random.randrange(1, 8), True
+    while killed:
+        workspace = begin(f"k{calls}")
+        killed = _sync_until(workspace, calls)
+        assert result(workspace) == wanted, f"killed before call {calls}"
+        calls += 7
+    assert calls > 300
 
 
 @pytest.mark.parametrize("seed", range(10))

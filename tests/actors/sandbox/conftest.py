@@ -21,23 +21,40 @@ from supervisor.pidfd import open_pidfd, wait_status
 
 TIMEOUT_S = 20.0
 FILTER = seccomp.load(Path(__file__).parents[3] / "conf" / "seccomp.json")
-CODE = {"x86_64": bytes.fromhex("31c08800"), "aarch64": bytes.fromhex("000080d200000039")}  # store a byte at address 0
-MACHINE = {"x86_64": 62, "aarch64": 183}
+SEGFAULT = {"x86_64": bytes.fromhex("31c08800"), "aarch64": bytes.fromhex("000080d200000039")}  # store a byte at address 0
+MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
-def segfault() -> bytes:
-    """The least ELF program that ends with SIGSEGV, as a first process may: of its own doing."""
-    code = CODE[os.uname().machine]
-    base, start, size = 0x400000, 120, 120 + len(code)
+def program(code: bytes) -> bytes:
+    """An ELF program that is nothing but machine code: what the first process of a container does, no library in between."""
+    base, start = 0x400000, 120
+    size = start + len(code)
     header = b"\x7fELF\x02\x01\x01" + bytes(9)
     for value, width in (
-        (2, 2), (MACHINE[os.uname().machine], 2), (1, 4), (base + start, 8), (64, 8), (0, 8), (0, 4),
+        (2, 2), (MACHINES[os.uname().machine], 2), (1, 4), (base + start, 8), (64, 8), (0, 8), (0, 4),
         (64, 2), (56, 2), (1, 2), (0, 2), (0, 2), (0, 2),
     ):  # fmt: skip
         header += value.to_bytes(width, "little")
     for value, width in ((1, 4), (5, 4), (0, 8), (base, 8), (base, 8), (size, 8), (size, 8), (4096, 8)):
         header += value.to_bytes(width, "little")
     return header + code
+
+
+def system_call(number: int, *arguments: int) -> bytes:
+    """A program that makes one system call and exits with its errno, 0 when it has none."""
+    values = (*arguments, 0, 0, 0)[:3]
+    if os.uname().machine == "x86_64":  # into eax, edi, esi, edx; the call; -eax is the exit code
+        loads = [
+            bytes([register]) + value.to_bytes(4, "little")
+            for register, value in zip((0xB8, 0xBF, 0xBE, 0xBA), (number, *values), strict=True)
+        ]
+        return program(b"".join(loads) + bytes.fromhex("0f05 31ff 85c0 7904 f7d8 89c7 b83c000000 0f05"))
+    words = []
+    for register, value in zip((8, 0, 1, 2), (number, *values), strict=True):  # movz, movk
+        words += [0x52800000 | (value & 0xFFFF) << 5 | register, 0x72A00000 | (value >> 16) << 5 | register]
+    # svc; cmp x0, 0; neg x0, x0; csel x0, xzr, x0, ge; mov w8, 93; svc
+    words += [0xD4000001, 0xF100001F, 0xCB0003E0, 0x9A80A3E0, 0x52800BA8, 0xD4000001]
+    return program(b"".join(word.to_bytes(4, "little") for word in words))
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +73,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if applet != "busybox":
             (root / "bin" / applet).symlink_to("busybox")
     for name, content, mode in (
-        ("segfault", segfault(), 0o755),
+        ("segfault", program(SEGFAULT[os.uname().machine]), 0o755),
         ("not-executable", b"#!/bin/sh\n", 0o644),
         ("root-only", b"#!/bin/sh\n", 0o700),
         ("bad-format", b"\x7fELF and no more", 0o755),
@@ -143,7 +160,9 @@ class Laboratory:
             self._runtimes[name] = runtimes.find(name, self.home / "runtimes" / name)
         return self._runtimes[name]
 
-    def prepare(self, runtime: Runtime, command: tuple[str, ...], env: Mapping[str, str], limits: bundle.Limits, program: bool) -> tuple[conmon.Container, Cgroup, Path]:
+    def prepare(
+        self, runtime: Runtime, command: tuple[str, ...], env: Mapping[str, str], limits: bundle.Limits, program: bool = True
+    ) -> tuple[conmon.Container, Cgroup, Path]:
         """Everything for a container but itself."""
         self._count += 1
         home = self.home / f"task{self._count}"
@@ -171,8 +190,13 @@ class Laboratory:
         env: Mapping[str, str] | None = None,
         limits: bundle.Limits | None = None,
         program: bool = True,
+        files: Mapping[str, bytes] | None = None,
     ) -> Sandbox:
+        """Create a container; `files`: programs in its workspace.  Without `program` the filter is given as JSON alone."""
         container, group, home = self.prepare(runtime, command, env or {}, limits or bundle.Limits(), program)
+        for name, content in (files or {}).items():
+            (home / "workspace" / name).write_bytes(content)
+            (home / "workspace" / name).chmod(0o755)
         attempt = os.open(home / "attempt", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
             created = conmon.create(container, command[0], attempt, self.environment, TIMEOUT_S)
@@ -185,7 +209,9 @@ class Laboratory:
         self._sandboxes.append(sandbox)
         return sandbox
 
-    def run(self, runtime: Runtime, *command: str, env: Mapping[str, str] | None = None, limits: bundle.Limits | None = None) -> tuple[int, Sandbox]:
+    def run(
+        self, runtime: Runtime, *command: str, env: Mapping[str, str] | None = None, limits: bundle.Limits | None = None
+    ) -> tuple[int, Sandbox]:
         """Run a command to its end → its exit code (a signal negative), and what is left of it."""
         sandbox = self.create(runtime, *command, env=env, limits=limits)
         sandbox.start()

@@ -100,7 +100,9 @@ def test_masked_files_are_empty(laboratory: Laboratory, runtime: Runtime) -> Non
 
 
 def test_only_loopback_and_it_is_up(laboratory: Laboratory, runtime: Runtime) -> None:
-    _, sandbox = laboratory.run(runtime, *shell("ls /sys/class/net; cat /sys/class/net/lo/flags; ping -c1 -W1 localhost | tail -n2; nc -w1 10.0.0.1 80"))
+    _, sandbox = laboratory.run(
+        runtime, *shell("ls /sys/class/net; cat /sys/class/net/lo/flags; ping -c1 -W1 localhost | tail -n2; nc -w1 10.0.0.1 80")
+    )
     names = sandbox.stdout.splitlines()
     assert names[0] == "lo"
     assert int(names[1], 16) & 1  # IFF_UP
@@ -136,7 +138,9 @@ def test_an_image_whose_tmp_is_not_for_everybody(laboratory: Laboratory, runtime
 
 
 def test_devices(laboratory: Laboratory, runtime: Runtime) -> None:
-    _, sandbox = laboratory.run(runtime, *shell("find /dev -type b; find /dev -type c | sort; echo x > /dev/null; head -c2 /dev/zero | wc -c"))
+    _, sandbox = laboratory.run(
+        runtime, *shell("find /dev -type b; find /dev -type c | sort; echo x > /dev/null; head -c2 /dev/zero | wc -c")
+    )
     assert sandbox.stdout.splitlines() == [
         "/dev/full", "/dev/null", "/dev/pts/ptmx", "/dev/random", "/dev/tty", "/dev/urandom", "/dev/zero", "2",
     ]  # fmt: skip
@@ -206,7 +210,8 @@ def test_a_command_that_is_not_there(laboratory: Laboratory, runtime: Runtime, c
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [("/bin/bad-format", "not_executable"), ("/bin/no-interpreter", "not_found"), ("root-only", "not_executable")]
+    ("command", "kind"),
+    [("/bin/bad-format", "not_executable"), ("/bin/no-interpreter", "not_found"), ("root-only", "not_executable")],
 )
 def test_a_command_that_the_kernel_refuses(laboratory: Laboratory, runtime: Runtime, command: str, kind: str) -> None:
     try:
@@ -223,7 +228,7 @@ def test_a_command_that_the_kernel_refuses(laboratory: Laboratory, runtime: Runt
 
 
 def test_a_bundle_that_cannot_be(laboratory: Laboratory, runtime: Runtime) -> None:
-    container, _, home = laboratory.prepare(runtime, ("/bin/true",), {}, bundle.Limits(), True)
+    container, _, home = laboratory.prepare(runtime, ("/bin/true",), {}, bundle.Limits())
     shutil.rmtree(home / "workspace")
     with pytest.raises(CreateError, match="workspace") as caught, open(home / "attempt", "w") as attempt:
         conmon.create(container, "/bin/true", attempt.fileno(), laboratory.environment, TIMEOUT_S)
@@ -233,15 +238,16 @@ def test_a_bundle_that_cannot_be(laboratory: Laboratory, runtime: Runtime) -> No
 def test_a_name_that_is_taken(laboratory: Laboratory, runtime: Runtime) -> None:
     sandbox = laboratory.create(runtime, "/bin/sleep", "60")
     monitor = sandbox.container.monitor.with_name("other")
-    with pytest.raises(CreateError, match="exist"), open(sandbox.attempt) as attempt:
+    with pytest.raises(CreateError, match=f"{sandbox.container.id} already"), open(sandbox.attempt) as attempt:
         conmon.create(
             Container(sandbox.container.id, runtime, sandbox.container.bundle, monitor, monitor / "journal"),
             "/bin/sleep", attempt.fileno(), laboratory.environment, TIMEOUT_S,
         )  # fmt: skip
+    assert not has_ended(sandbox.pidfd)
 
 
 def test_no_conmon(laboratory: Laboratory, runtime: Runtime) -> None:
-    container, _, home = laboratory.prepare(runtime, ("/bin/true",), {}, bundle.Limits(), True)
+    container, _, home = laboratory.prepare(runtime, ("/bin/true",), {}, bundle.Limits())
     with pytest.raises(CreateError, match="apt-get install conmon"), open(home / "attempt", "w") as attempt:
         conmon.create(container, "/bin/true", attempt.fileno(), {"PATH": "/no/such/directory"}, TIMEOUT_S)
 
@@ -251,7 +257,7 @@ def test_a_runtime_that_hangs(laboratory: Laboratory, tmp_path: Path) -> None:
     hanging.write_text('#!/bin/sh\ncase "$*" in *create*) exec sleep 600;; esac\n')
     hanging.chmod(0o755)
     container, _, home = laboratory.prepare(
-        Runtime("runc", str(hanging), "1.1", tmp_path / "runtimes"), ("/bin/true",), {}, bundle.Limits(), True
+        Runtime("runc", str(hanging), "1.1", tmp_path / "runtimes"), ("/bin/true",), {}, bundle.Limits()
     )
     began = time.monotonic()
     with pytest.raises(CreateError, match="within 0.5 s"), open(home / "attempt", "w") as attempt:
@@ -396,6 +402,10 @@ def test_gvisor(laboratory: Laboratory, gvisor: Runtime) -> None:
     assert sandbox.stderr == "err\n"
     assert os.uname().release not in sandbox.stdout
     assert (sandbox.workspace / "file").read_text() == "kept\n"
+    assert sandbox.container.runtime_state.exists()
+    conmon.delete(sandbox.container, TIMEOUT_S)
+    assert not sandbox.container.runtime_state.exists()
+    conmon.delete(sandbox.container, TIMEOUT_S)
 
 
 def test_gvisor_tells_of_a_missing_command_when_it_starts(laboratory: Laboratory, gvisor: Runtime) -> None:
