@@ -1,5 +1,29 @@
+#!/usr/bin/env python3
+"""Aerie's node daemon and its client: `run.py --help` lists the commands, README.md says what they are for."""
+
+from __future__ import annotations
+
 import sys
-from actors import daemon
-a=sys.argv[1:]
-if a[0]=='daemon': sys.exit(daemon.main('--take-over' in a))
-if a[0]=='process': sys.exit(daemon.process(a[1],a[2:]))
+
+
+def main(arguments: list[str]) -> int:
+    """Hand the command line over → the exit code.
+
+    The daemon's own processes come first, and load no parser: the keeper stays small for as long as it lives.
+    """
+    match arguments:
+        case ["daemon", *options] if set(options) <= {"--take-over"}:
+            from actors.daemon import main as daemon
+
+            return daemon(take_over="--take-over" in options)
+        case ["process", name, *rest]:
+            from actors.daemon import process
+
+            return process(name, rest)
+    from actors.gateway.commands import main as command
+
+    return command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,1 +1,354 @@
-def missing_parts(settings): return []
+"""`run.py doctor`: whether this host has what the daemon needs, found out by trying it.
+
+Each check gives one :class:`Finding`.  The quick ones, which only look, are also what the daemon does before it starts
+(`missing_parts`); the others mount, in a mount namespace of their own, so that nothing is left however this ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import os
+import re
+import select
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from actors.sandbox import cgroup, runtimes
+from actors.settings import Settings
+
+KERNEL_MIN: Final = (6, 12)
+CONMON_MIN: Final = (2, 0, 26)  # the first with the sync pipe that `conmon.create` reads
+VERSION_TIMEOUT_S: Final = 10.0
+FILE_SYSTEMS: Final = ("erofs", "fuse", "overlay")
+NOT_FOR_STATE: Final = (
+    "overlay",
+    "tmpfs",
+    "ramfs",
+    "nfs",
+    "nfs4",
+    "9p",
+)  # no upper directory, not durable, or not this host's alone
+
+_CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
+_MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one part.  `required`: without it no daemon starts."""
+
+    part: str
+    found: str
+    needed: str
+    ok: bool
+    cure: str = ""
+    required: bool = True
+
+    @property
+    def missing(self) -> bool:
+        return self.required and not self.ok
+
+
+Check = Callable[[Settings], Finding]
+
+
+def missing_parts(settings: Settings) -> list[str]:
+    """What is missing for the daemon to start, each with its cure; found by looking only, within a moment."""
+    findings = [check(settings) for check in (*LOOKED_AT, lambda found: _runtime(found, found.sandbox.runtime))]
+    return [f"{each.part}: {each.found}; needed: {each.needed}; {each.cure}" for each in findings if each.missing]
+
+
+def doctor(arguments: argparse.Namespace, settings: Settings) -> int:
+    findings = examine(settings)
+    if arguments.json:
+        from actors.gateway.reading import show_json
+
+        show_json(findings)
+    else:
+        for each in findings:
+            mark = "ok" if each.ok else "MISSING" if each.required else "absent"
+            print(f"{mark:8}{each.part}: {each.found}" + ("" if each.ok else f"; needed: {each.needed}; {each.cure}"))
+    return 1 if any(each.missing for each in findings) else 0
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Every check.  This process is in a mount and a network namespace of its own afterwards."""
+    findings = [check(settings) for check in LOOKED_AT]
+    findings += [_runtime(settings, name) for name in runtimes.PROGRAMS]
+    if os.geteuid() == 0:
+        _unshare(_CLONE_NEWNS)
+        if _libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None):
+            raise _last_error("make the mounts private")
+        findings += [check(settings) for check in TRIED]
+    return findings
+
+
+# --- looked at ------------------------------------------------------------------------------------------------------------
+
+
+def _root(settings: Settings) -> Finding:
+    return Finding("user", f"uid {os.geteuid()}", "root", os.geteuid() == 0, "run it as root: it mounts and makes namespaces")
+
+
+def _kernel(settings: Settings) -> Finding:
+    release = os.uname().release
+    numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    return Finding(
+        "kernel", release, "Linux 6.12 or newer", numbers >= KERNEL_MIN, "boot a newer one (Debian 12: from bookworm-backports)"
+    )
+
+
+def _file_systems(settings: Settings) -> Finding:
+    known = Path("/proc/filesystems").read_text().split()
+    # A module that can be loaded is as good: mounting loads it.
+    found = [name for name in FILE_SYSTEMS if name in known or _loadable(name)]
+    cure = "a kernel, or its package of modules, with them"
+    return Finding("file systems", ", ".join(found) or "none", ", ".join(FILE_SYSTEMS), len(found) == len(FILE_SYSTEMS), cure)
+
+
+def _loadable(name: str) -> bool:
+    """Whether modprobe knows a module of that name; it is not loaded."""
+    modprobe = shutil.which("modprobe")
+    return modprobe is not None and subprocess.run([modprobe, "-n", "-q", name], check=False).returncode == 0
+
+
+def _fuse_device(settings: Settings) -> Finding:
+    try:
+        is_device = stat.S_ISCHR(os.stat("/dev/fuse").st_mode)
+    except OSError:
+        is_device = False
+    return Finding(
+        "/dev/fuse",
+        "there" if is_device else "not there",
+        "the FUSE device",
+        is_device,
+        "modprobe fuse; mknod /dev/fuse c 10 229",
+    )
+
+
+def _cgroups(settings: Settings) -> Finding:
+    faults = cgroup.host_faults()
+    hierarchies = cgroup.mounted()
+    v2 = any(hierarchy.unified for hierarchy in hierarchies)
+    v1 = sorted(name for hierarchy in hierarchies for name in hierarchy.controllers if "=" not in name)
+    kind = f"v1 ({', '.join(v1)})" + (" and v2" if v2 else "") if v1 else "v2" if v2 else "none"
+    return Finding(
+        "control groups",
+        "; ".join([kind, *faults]),
+        "memory, cpu and pids, all of v1 or all of v2",
+        not faults,
+        "as said, or `make setup`",
+    )
+
+
+def _conmon(settings: Settings) -> Finding:
+    cure = "apt-get install conmon"
+    version = _version("conmon", r"conmon version (\d+)\.(\d+)\.(\d+)")
+    ok = version is not None and version >= CONMON_MIN
+    return Finding("conmon", _dotted(version) if version else "not there", f"{_dotted(CONMON_MIN)} or newer", ok, cure)
+
+
+def _runtime(settings: Settings, name: str) -> Finding:
+    program = runtimes.PROGRAMS[name]
+    path = shutil.which(program)
+    found = "not on the PATH"
+    if path is not None:
+        try:
+            answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT_S, check=True)
+            found = runtimes.parse_version(answer.stdout)
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            path, found = None, f"does not tell its version: {error}"
+    required = name == settings.sandbox.runtime
+    needed = f"{program}, for tasks with --runtime {name}" + (" or none" if required else "")
+    return Finding(f"runtime {name}", found, needed, path is not None, runtimes.CURES[name], required)
+
+
+def _state_disk(settings: Settings) -> Finding:
+    place = _existing(Path(settings.state.dir))
+    kind = file_system_of(str(place), Path("/proc/self/mountinfo").read_text())
+    writable = os.access(place, os.W_OK)
+    ok = writable and kind not in NOT_FOR_STATE
+    cure = "set AERIE_STATE_DIR to a directory on a local disk (ext4, xfs, btrfs)"
+    return Finding(
+        "state directory",
+        f"{settings.state.dir} on {kind}{'' if writable else ', not writable'}",
+        "a local file system, not an overlay, writable",
+        ok,
+        cure,
+    )
+
+
+def _run_directory(settings: Settings) -> Finding:
+    place = _existing(Path(settings.run.dir))
+    ok = os.access(place, os.W_OK)
+    return Finding(
+        "run directory",
+        f"{settings.run.dir}{'' if ok else ', not writable'}",
+        "writable",
+        ok,
+        "set AERIE_RUN_DIR to a writable directory",
+    )
+
+
+LOOKED_AT: Final[Sequence[Check]] = (
+    _root,
+    _kernel,
+    _file_systems,
+    _fuse_device,
+    _cgroups,
+    _conmon,
+    _state_disk,
+    _run_directory,
+)
+
+
+# --- tried ----------------------------------------------------------------------------------------------------------------
+
+
+def _tree(settings: Settings) -> Finding:
+    """META :: OBJECTS as the daemon mounts them: EROFS from its file, metacopy onto a data-only layer, an upper on top."""
+    from actors.lazytree import erofs, mounts
+
+    needed = "an EROFS file mounted, and an overlay over it with metacopy onto a data-only layer and an upper directory"
+    cure = "Linux 6.12 or newer with EROFS and overlayfs, and the state directory on ext4, xfs or btrfs"
+    content, key = b"content of a lower file\n", "ab" + "0" * 62
+    try:
+        with tempfile.TemporaryDirectory(prefix=".aerie-doctor-", dir=_existing(Path(settings.state.dir))) as name:
+            home = Path(name)
+            for part in ("objects/ab", "meta", "merged", "upper", "work"):
+                (home / part).mkdir(parents=True)
+            (home / "objects/ab" / key[2:]).write_bytes(content)
+            root = erofs.Node(
+                stat.S_IFDIR | 0o755, children={b"file": erofs.Node(stat.S_IFREG | 0o644, size=len(content), key=key)}
+            )
+            with (home / "meta.erofs").open("wb") as file:
+                erofs.write(root, file)
+            mounts.mount_erofs(str(home / "meta.erofs"), str(home / "meta"))
+            try:
+                layers = [str(home / "meta")], [str(home / "objects")], str(home / "upper"), str(home / "work")
+                mounts.mount_overlay(str(home / "merged"), *layers)
+                try:
+                    read = (home / "merged/file").read_bytes()
+                    (home / "merged/file").rename(home / "merged/moved")
+                    copied = "trusted.overlay.metacopy" not in os.listxattr(home / "upper/moved")
+                    (home / "merged/new").write_bytes(b"new")
+                finally:
+                    mounts.unmount(str(home / "merged"))
+            finally:
+                mounts.unmount(str(home / "meta"))
+    except OSError as error:
+        return Finding("layers", str(error), needed, False, cure)
+    found = (
+        "work"
+        if read == content and not copied
+        else "mounted, but a lower file's content is wrong, or was copied by its rename"
+    )
+    return Finding("layers", found, needed, found == "work", cure)
+
+
+def _fuse(settings: Settings) -> Finding:
+    needed = "a FUSE mount, and pyfuse3"
+    try:
+        import pyfuse3
+
+        from actors.lazytree import mounts
+
+        with tempfile.TemporaryDirectory(prefix="aerie-doctor-") as home:
+            device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                mounts.mount_fuse(home, device)
+                mounts.unmount(home, lazily=True)
+            finally:
+                os.close(device)
+    except (ImportError, OSError) as error:
+        return Finding("fuse", str(error), needed, False, "modprobe fuse; `make setup` installs pyfuse3")
+    return Finding("fuse", f"mounts; pyfuse3 {pyfuse3.__version__}", needed, True)
+
+
+def _network(settings: Settings) -> Finding:
+    try:
+        _unshare(_CLONE_NEWNET)
+    except OSError as error:
+        return Finding("network namespace", str(error), "a new one", False, "a kernel with CONFIG_NET_NS, and CAP_SYS_ADMIN")
+    return Finding("network namespace", "made", "a new one", True)
+
+
+def _exit_status(settings: Settings) -> Finding:
+    from supervisor.pidfd import open_pidfd, wait_status
+
+    pid = os.fork()
+    if pid == 0:
+        os._exit(7)
+    pidfd = open_pidfd(pid)
+    try:
+        select.select([pidfd], [], [], VERSION_TIMEOUT_S)
+        os.waitpid(pid, 0)
+        told = wait_status(pidfd) == 7 << 8
+    finally:
+        os.close(pidfd)
+    found = "told by the pidfd after reaping" if told else "told only to the parent, before reaping"
+    return Finding(
+        "exit status",
+        found,
+        "from a pidfd: Linux 6.15",
+        told,
+        "nothing to do: the daemon reaps as subreaper instead",
+        required=False,
+    )
+
+
+TRIED: Final[Sequence[Check]] = (_tree, _fuse, _exit_status, _network)
+
+
+# --- what they ask with ---------------------------------------------------------------------------------------------------
+
+
+def file_system_of(path: str, mountinfo: str) -> str:
+    """The type of the file system that an absolute path, without symbolic links, lies on, by the text of /proc/self/mountinfo."""
+    best, kind = "", "unknown"
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(" - ")
+        target = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split(" ")[4]).rstrip("/")
+        # A later mount of equal depth lies over the earlier one.
+        if (path + "/").startswith(target + "/") and len(target) >= len(best):
+            best, kind = target, after.split(" ")[0]
+    return kind
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there."""
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def _version(program: str, pattern: str) -> tuple[int, ...] | None:
+    try:
+        answer = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(pattern, answer.stdout)
+    return tuple(map(int, found.groups())) if found else None
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _unshare(flags: int) -> None:
+    if _libc.unshare(flags):
+        raise _last_error("unshare")
+
+
+def _last_error(what: str) -> OSError:
+    number = ctypes.get_errno() or errno.EIO
+    return OSError(number, f"{what}: {os.strerror(number)}")

@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from loguru import logger
@@ -44,6 +45,7 @@ from actors.records import MIGRATIONS
 from actors.sandbox.supervisor import SandboxSupervisor
 from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, SANDBOXES, SYNCER, Services
 from actors.settings import Settings, load_settings
+from supervisor.actor import Stop
 from supervisor.descriptors import Descriptors
 from supervisor.isolation import Isolation
 from supervisor.keeper import EXIT_REFUSES
@@ -77,11 +79,15 @@ def main() -> int:
         return EXIT_REFUSES
     clean_up(services)
     system = System()
-    system.start(root(system, services))
+    tree = root(system, services, ended=asked_to_end.set)
+    tree.launch(0, None)
     if services.descriptors.welcome.draining:
         asked_to_end.set()
     asked_to_end.wait()
-    drain(system, services)
+    if tree.gone.is_set():
+        logger.error("the tree could not be mended from within; this process ends, and the keeper starts another")
+        return 1
+    drain(system, services, tree)
     return 0
 
 
@@ -105,21 +111,31 @@ def gather(settings: Settings, layout: Layout) -> Services:
     )
 
 
-def root(system: System, services: Services) -> Supervisor:
-    """The tree."""
+class Root(Supervisor):
+    """The top of the tree: when it ends, the process has nothing left to do."""
+
+    def __init__(self, system: System, children: tuple[ChildSpec, ...], ended: Callable[[], None]) -> None:
+        super().__init__(system, "root", children)
+        self._ended = ended
+
+    def on_end(self, reason: str | None) -> None:
+        super().on_end(reason)
+        self.gone.set()
+        self._ended()
+
+
+def root(system: System, services: Services, ended: Callable[[], None]) -> Root:
+    """The tree.  `ended` is called when it is no more."""
+    syncer = (ChildSpec(SYNCER, lambda: SyncerActor(system, SYNCER, services)),)
     children = (
         ChildSpec(OUTPUT, lambda: OutputActor(system, OUTPUT, services)),
         ChildSpec(IMAGES, lambda: ImageActor(system, IMAGES, services)),
-        ChildSpec(
-            MOUNTS,
-            lambda: MountSupervisor(
-                system, MOUNTS, services, (ChildSpec(SYNCER, lambda: SyncerActor(system, SYNCER, services)),)
-            ),
-        ),
-        ChildSpec(SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services)),
+        ChildSpec(MOUNTS, lambda: MountSupervisor(system, MOUNTS, services, syncer), shutdown_s=None),
+        ChildSpec(SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services), shutdown_s=None),
         ChildSpec(GATEWAY, lambda: GatewayActor(system, GATEWAY, services, gateway_listener(services))),
     )
-    return Supervisor(system, "root", children)
+    tree = system.root = Root(system, children, ended)
+    return tree
 
 
 def gateway_listener(services: Services) -> socket.socket:
@@ -156,7 +172,7 @@ def clean_up(services: Services) -> None:
             shutil.rmtree(layout.task(task).durable, ignore_errors=True)
 
 
-def drain(system: System, services: Services) -> None:
+def drain(system: System, services: Services, tree: Root) -> None:
     """Take no more tasks, let the running ones end, give everything back."""
     timeout_s = services.settings.daemon.drain_timeout_s
     logger.info("draining: running tasks have {:g} s", timeout_s)
@@ -164,7 +180,8 @@ def drain(system: System, services: Services) -> None:
     system.ask(GATEWAY, Drain(timeout_s), timeout_s=timeout_s + services.settings.sandbox.stop_grace_s + STOP_TIMEOUT_S)
     system.ask(MOUNTS, CleanupAll(), timeout_s=STOP_TIMEOUT_S)
     system.ask(IMAGES, CloseImages(), timeout_s=services.settings.image.build_timeout_s + STOP_TIMEOUT_S)
-    system.stop(STOP_TIMEOUT_S)
+    tree.mailbox(Stop())
+    tree.gone.wait(STOP_TIMEOUT_S)
     services.store.close()
     services.descriptors.drop(*services.descriptors.names())
     (services.layout.run / SOCKET_NAME).unlink(missing_ok=True)

@@ -33,7 +33,9 @@ def parse_bytes(text: str) -> int:
     """`512Mi`, `1.5Gi`, `2G`, `4096` → bytes, rounded up.  Raises QuantityError."""
     matched = AMOUNT.fullmatch(text) if len(text) <= TEXT_MAX else None
     if matched is None or matched[2] not in BYTES:
-        raise QuantityError(f"{_quoted(text)} is not a size: write it like 512Mi, 1.5Gi, 2G or 4096 (bytes); suffixes: {_suffixes(BYTES)}")
+        raise QuantityError(
+            f"{_quoted(text)} is not a size: write it like 512Mi, 1.5Gi, 2G or 4096 (bytes); suffixes: {_suffixes(BYTES)}"
+        )
     return int((Decimal(matched[1]) * BYTES[matched[2]]).to_integral_value(ROUND_CEILING))
 
 
@@ -53,7 +55,9 @@ def parse_seconds(text: str) -> float:
         parts = AMOUNT.findall(text) if DURATION.fullmatch(text) else []
         if parts and all(unit in SECONDS for _, unit in parts):
             return float(sum(Decimal(number) * SECONDS[unit] for number, unit in parts))
-    raise QuantityError(f"{_quoted(text)} is not a duration: write it like 250ms, 30s, 5m, 1h30m or 30 (seconds); units: {_suffixes(SECONDS)}")
+    raise QuantityError(
+        f"{_quoted(text)} is not a duration: write it like 250ms, 30s, 5m, 1h30m or 30 (seconds); units: {_suffixes(SECONDS)}"
+    )
 
 
 def format_bytes(size_bytes: int) -> str:

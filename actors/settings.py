@@ -165,9 +165,11 @@ def parse(document: Mapping[str, Any], environment: Mapping[str, str], source: s
         except ValueError as error:
             faults.append(f"{name} = {_shown(value)}: {error}")
     _place_directories(given)
-    settings = Settings(**{section: struct(**given[section]) for section, struct in SECTIONS.items()})
+    settings = msgspec.convert({section: struct(**given[section]) for section, struct in SECTIONS.items()}, Settings)
     if len(os.fsencode(settings.run.dir)) > RUN_DIR_BYTES_MAX:
-        faults.append(f"run.dir = {settings.run.dir}: more than {RUN_DIR_BYTES_MAX} bytes: no socket in it could have an address")
+        faults.append(
+            f"run.dir = {settings.run.dir}: more than {RUN_DIR_BYTES_MAX} bytes: no socket in it could have an address"
+        )
     if os.path.normpath(settings.run.dir) == os.path.normpath(settings.state.dir):
         faults.append(f"run.dir = {settings.run.dir}: the same as state.dir: give each a directory of its own")
     if faults:
@@ -221,7 +223,9 @@ def _given(
                 if key in KEYS[section]:
                     yield section, key, value, f"{source}: {section}.{key}"
                 else:
-                    faults.append(f"{source}: {section}.{key}: there is no such key: [{section}] has {', '.join(KEYS[section])}")
+                    faults.append(
+                        f"{source}: {section}.{key}: there is no such key: [{section}] has {', '.join(KEYS[section])}"
+                    )
     for name, value in environment.items():
         if name == CONFIGURATION_VARIABLE or not name.startswith(PREFIX):
             continue

@@ -1,50 +1,146 @@
-"""quick tree"""
+"""Supervisors: actors that start other actors, and start them again.
+
+Children are independent of each other (one_for_one).  Static ones are started in their order, each when the one before has begun,
+and stopped in the reverse order; others may be added later (`start_child`).  A child that keeps ending is paused for longer and
+longer; more ends than the flags allow, and the supervisor ends itself, which is its own supervisor's to mend, and at the top the
+keeper's: it starts the process anew.
+"""
+
 from __future__ import annotations
-from typing import Any
-import pykka
-from loguru import logger
-from supervisor.actor import Actor, Exited, System
-from supervisor.spec import ChildSpec, Restart
+
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from loguru import logger
+
+from supervisor.actor import Actor, Exited, Stop
+from supervisor.restarts import Backoff, Window
+from supervisor.spec import ChildSpec, Flags, Restart, check_children
+from supervisor.system import System
+
+__all__ = ["StartFailed", "Supervisor", "System"]
+
+
+class StartFailed(Exception):
+    """A child could not be started when its supervisor was."""
+
+
+class TooManyRestarts(Exception):
+    """Children ended more often than the flags allow."""
+
+
+@dataclass
+class Child:
+    """A child as its supervisor sees it; `actor` is None while it is to be started again."""
+
+    spec: ChildSpec
+    backoff: Backoff
+    actor: Actor | None = None
+    generation: int = -1
+
+    @property
+    def restarts(self) -> int:
+        return max(0, self.generation)
+
+
 @dataclass(frozen=True)
-class _Again:
+class _StartAgain:
     id: str
+    generation: int
+
+
 class Supervisor(Actor):
-    def __init__(self, system: System, name: str, children: tuple[ChildSpec, ...] = ()) -> None:
+    """Subclasses that handle messages of their own hand on the others to `super().on_message`."""
+
+    def __init__(self, system: System, name: str, children: Sequence[ChildSpec] = (), flags: Flags | None = None) -> None:
         super().__init__(system, name)
-        self._specs = {c.id: c for c in children}
-        self.children: dict[str, Any] = {}
-        self.restarts: dict[str, int] = {}
+        check_children(children)
+        self.children: dict[str, Child] = {}
+        self._flags = flags or Flags()
+        self._window = Window(self._flags.intensity or 0, self._flags.period_s)
+        self._specs = tuple(children)
+
     def on_begin(self) -> None:
-        for spec in list(self._specs.values()):
-            self.start_child(spec)
-    def start_child(self, spec: ChildSpec) -> None:
-        if spec.id in self.children:
-            return
-        self._specs[spec.id] = spec
-        n = self.restarts.get(spec.id, -1) + 1
-        self.restarts[spec.id] = n
-        actor = spec.start()
-        actor.generation = n
-        actor.supervisor = self.mailbox
-        self.children[spec.id] = actor
-        pykka.ActorRegistry.register(actor.actor_ref)
-        actor._start_actor_loop()
+        for spec in self._specs:
+            self.system.expect(spec.id)
+        for spec in self._specs:
+            child = self.start_child(spec)
+            assert child.actor is not None
+            actor = child.actor
+            if not actor.begun.wait(self._flags.start_timeout_s) or actor.failed_to_begin:
+                reason = actor.failed_to_begin or f"not begun after {self._flags.start_timeout_s:g} s"
+                self._stop_children()
+                raise StartFailed(f"{spec.id}: {reason}")
+
     def on_message(self, message: Any) -> Any:
         match message:
             case Exited(name, generation, error):
-                if name in self.children and self.children[name].generation != generation:
-                    return
-                self.children.pop(name, None)
-                spec = self._specs.get(name)
-                if spec and (spec.restart is Restart.PERMANENT or (spec.restart is Restart.TRANSIENT and error)):
-                    self.after(0.0 if self.restarts[name] < 3 else 1.0, _Again(name))
-                else:
-                    self._specs.pop(name, None); self.restarts.pop(name, None)
-            case _Again(id) if id in self._specs:
-                self.start_child(self._specs[id])
-    def snapshot(self):
-        out = []
-        for name, a in sorted(self.children.items()):
-            out.append(a.snapshot() if isinstance(a, Supervisor) else {"name": name, "kind": "actor", "pid": None, "state": "running", "restarts": self.restarts.get(name, 0), "children": []})
-        return {"name": self.name, "kind": "supervisor", "pid": None, "state": "running", "restarts": 0, "children": out}
+                child = self.children.get(name)
+                if child is not None and child.generation == generation:  # else of an incarnation that was replaced
+                    self._exited(child, error)
+            case _StartAgain(name, generation):
+                child = self.children.get(name)
+                if child is not None and child.actor is None and child.generation == generation:
+                    self._launch(child)
+        return None
+
+    def on_end(self, reason: str | None) -> None:
+        self._stop_children()
+
+    def start_child(self, spec: ChildSpec) -> Child:
+        """Start a child; one that there is already stays as it is.  It has not begun yet when this returns."""
+        child = self.children.get(spec.id)
+        if child is None:
+            child = self.children[spec.id] = Child(spec, Backoff(self._flags.backoff_s, self._flags.period_s))
+            self.system.expect(spec.id)
+            self._launch(child)
+        return child
+
+    def snapshot(self) -> dict[str, Any]:
+        """The tree from here down as data: name, kind, pid (None: this process's), state, restarts, children.  For any thread."""
+        return {**_row(self.name, "supervisor", "running", 0), "children": [_snapshot(child) for child in list(self.children.values())]}
+
+    def _launch(self, child: Child) -> None:
+        child.generation += 1
+        child.backoff = child.backoff.started(time.monotonic())
+        child.actor = child.spec.start()
+        child.actor.launch(child.generation, self.mailbox)
+
+    def _exited(self, child: Child, error: str | None) -> None:
+        name, restart = child.spec.id, child.spec.restart
+        child.actor = None
+        if restart is Restart.TEMPORARY or (restart is Restart.TRANSIENT and error is None):
+            del self.children[name]
+            self.system.forget(name)
+            return
+        now = time.monotonic()
+        self._window, too_many = self._window.add(now)
+        if too_many and self._flags.intensity is not None:
+            raise TooManyRestarts(f"{self.name}: more than {self._flags.intensity} restarts in {self._flags.period_s:g} s, last: {name}")
+        child.backoff, pause_s = child.backoff.ended(now)
+        logger.warning("{} has ended ({}); it is started again in {:g} s", name, error or "normally", pause_s)
+        self.after(pause_s, _StartAgain(name, child.generation))
+
+    def _stop_children(self) -> None:
+        """In the reverse order of their start.  A thread cannot be killed: one that does not end in time is left behind, and said so."""
+        for child in reversed(list(self.children.values())):
+            actor = child.actor
+            if actor is not None:
+                actor.mailbox(Stop())
+                if not actor.gone.wait(child.spec.shutdown_s):
+                    logger.error("{} has not ended within {} s of being told to; it is left behind", child.spec.id, child.spec.shutdown_s)
+            self.system.forget(child.spec.id)
+        self.children.clear()
+
+
+def _snapshot(child: Child) -> dict[str, Any]:
+    if isinstance(child.actor, Supervisor):
+        return {**child.actor.snapshot(), "restarts": child.restarts}
+    state = "restarting" if child.actor is None else "running" if child.actor.begun.is_set() else "starting"
+    return _row(child.spec.id, "actor", state, child.restarts)
+
+
+def _row(name: str, kind: str, state: str, restarts: int) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "pid": None, "state": state, "restarts": restarts, "children": []}

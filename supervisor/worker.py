@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from supervisor.actor import Actor, Worked, WorkFailed
+from supervisor.actor import Actor
+from supervisor.answers import Worked, WorkFailed
 from supervisor.channel import ChannelClosed, ChannelTimeout
 from supervisor.frames import Message
 from supervisor.isolation import Process

@@ -52,7 +52,8 @@ from actors.gateway.tree import draw_tree
 from actors.image import messages as images
 from actors.sandbox.messages import RunTask, StopSandbox, TaskChanged, TaskEnded, TaskReleased
 from actors.services import GATEWAY, IMAGES, SANDBOXES, Services, sandbox_name
-from supervisor.actor import Actor, Answer, Refused, Worked, WorkFailed
+from supervisor.actor import Actor
+from supervisor.answers import Answer, Refused, Worked, WorkFailed
 from supervisor.frames import Message
 from supervisor.tree import System
 

@@ -63,15 +63,15 @@ class RequestFailed(ClientError):
 class Client:
     """A connection to the daemon of `run_dir`.  Raises NoDaemon when there is none."""
 
-    def __init__(self, run_dir: Path, patience_s: float = PATIENCE_S) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: str | Path, patience_s: float = PATIENCE_S) -> None:
+        self._run_dir = Path(run_dir)
         self._patience_s = patience_s
         self._codec = Codec(*ANSWERS, size_bytes_max=FRAME_BYTES_MAX)
         self._open: dict[int, Request] = {}
         self._unread: list[Answer] = []
         self._last_number = 0
         self._incoming = FrameBuffer(self._codec)
-        self._socket = connect(run_dir)
+        self._socket = connect(self._run_dir)
 
     def fileno(self) -> int:
         """The present connection's; another one after a restart of the daemon."""
@@ -94,45 +94,35 @@ class Client:
         except ConnectionError:
             self._reconnect()
 
-    def receive(self, timeout_s: float | None = None) -> Answer | None:
-        """The next answer to any open request; None when there is none within `timeout_s` (None: wait for ever; 0: do not wait).
+    def receive(self, timeout_s: float | None = None, request: int | None = None) -> Answer | None:
+        """The next answer, or the next one to `request`, while others are kept for later; None when there is none in time.
 
-        Raises NoDaemon when the daemon goes away and does not come back; ClientError when it breaks the protocol.
+        `timeout_s`: None waits for ever, 0 does not wait.  Raises NoDaemon when the daemon goes away and does not come back;
+        ClientError when it breaks the protocol.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            try:
-                for answer in self._unread or self._incoming:
-                    if self._unread:
-                        self._unread.pop(0)
-                    if self._concerns_us(answer):
-                        return answer
-            except FrameError as error:
-                raise ClientError(f"the daemon's answer is not understood ({error}): is it of another version than this client?") from None
-            if not self._wait_readable(deadline):
+            for place, answer in enumerate(self._unread):
+                if request is None or answer.request == request:
+                    return self._unread.pop(place)
+            if not self._read(deadline):
                 return None
-            try:
-                data = self._socket.recv(1 << 16)
-            except ConnectionError:
-                data = b""
-            if data:
-                self._incoming.feed(data)
-            else:
-                self._reconnect()
 
     def answers(self, request: Request, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Iterator[Answer]:
-        """Send a request, alone on this connection → its answers, the last one included.
+        """Send a request → its answers, the last one included; each is waited for `timeout_s`.
 
-        `timeout_s` is for each of them.  Raises RequestFailed for a `Failed`, and as `receive`.
+        Raises RequestFailed for a `Failed`, and as `receive`.
         """
         self.send(request)
-        while request.request in self._open:
-            answer = self.receive(timeout_s)
+        while True:
+            answer = self.receive(timeout_s, request.request)
             if answer is None:
                 raise ClientError(f"the daemon has not answered within {timeout_s:g} s: its log may say why")
             if isinstance(answer, Failed):
                 raise RequestFailed(answer.kind, answer.error)
             yield answer
+            if not isinstance(answer, NOT_LAST):
+                return
 
     def ask(
         self, request: Request, timeout_s: float | None = ANSWER_TIMEOUT_S, progress: Callable[[str], None] | None = None
@@ -143,20 +133,37 @@ class Client:
                 progress(answer.text)
         return answer
 
-    def _concerns_us(self, answer: Answer) -> bool:
-        """Take note of an answer; False for one to a request that had its last answer before a restart."""
+    def _read(self, deadline: float | None) -> bool:
+        """Take in what arrives next, however little; False when nothing does in time."""
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        if not waiting.poll(None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000)):
+            return False
+        try:
+            data = self._socket.recv(1 << 16)
+        except ConnectionError:
+            data = b""
+        if not data:
+            self._reconnect()
+            return True
+        self._incoming.feed(data)
+        try:
+            for answer in self._incoming:
+                self._take(answer)
+        except FrameError as error:
+            raise ClientError(
+                f"the daemon's answer is not understood ({error}): is it of another version than this client?"
+            ) from None
+        return True
+
+    def _take(self, answer: Answer) -> None:
         if answer.request == 0 and isinstance(answer, Failed):
             raise RequestFailed(answer.kind, answer.error)
         if answer.request not in self._open:
-            return False
+            return  # its last answer came twice: before a restart of the daemon, and after it
         if not isinstance(answer, NOT_LAST):
             del self._open[answer.request]
-        return True
-
-    def _wait_readable(self, deadline: float | None) -> bool:
-        waiting = select.poll()
-        waiting.register(self._socket, select.POLLIN)
-        return bool(waiting.poll(None if deadline is None else max(0, (deadline - time.monotonic()) * 1000)))
+        self._unread.append(answer)
 
     def _reconnect(self) -> None:
         self._socket.close()
@@ -169,7 +176,7 @@ class Client:
                     if isinstance(request, MountImage):
                         # Sent twice, it could leave a lease that nobody knows.
                         error = "the daemon went away before it answered: `image ls` shows whether there is a lease now"
-                        self._unread.append(Failed(request.request, "internal", error))
+                        self._take(Failed(request.request, "internal", error))
                     else:
                         self._socket.sendall(self._codec.frame(request))
                 return
@@ -195,32 +202,20 @@ def wait_connect(run_dir: Path, deadline: float) -> socket.socket:
 
     Raises NoDaemon, or ClientError when nobody may.
     """
-    from inotify_simple import INotify
+    from actors.gateway.arrival import watch_nearest  # not needed, and so not loaded, by nearly every command
 
     while True:
-        with INotify() as inotify:
-            # First watch, then try: what appears in between is an event.
-            _watch(inotify, run_dir)
+        # First watch, then try: what appears in between is an event.
+        with watch_nearest(run_dir) as signs:
             try:
                 return _connect(run_dir / SOCKET_NAME, socket.SOCK_STREAM)
             except (FileNotFoundError, ConnectionRefusedError):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise NoDaemon(_how_to_start(run_dir)) from None
-                inotify.read(timeout=int(left_s * 1000) + 1)
-
-
-def _watch(inotify: object, directory: Path) -> None:
-    """Watch a directory, or, where it is missing, the nearest one above it in which it may appear."""
-    from inotify_simple import flags
-
-    wanted = flags.CREATE | flags.MOVED_TO | flags.ATTRIB | flags.DELETE_SELF | flags.MOVE_SELF
-    while True:
-        try:
-            inotify.add_watch(os.fspath(directory), wanted | flags.ONLYDIR)  # type: ignore[attr-defined]
-            return
-        except (FileNotFoundError, NotADirectoryError):
-            directory = directory.parent
+                waiting = select.poll()
+                waiting.register(signs.fileno(), select.POLLIN)
+                waiting.poll(left_s * 1000 + 1)
 
 
 def _connect(path: Path, kind: int) -> socket.socket:
@@ -229,7 +224,9 @@ def _connect(path: Path, kind: int) -> socket.socket:
         connection.connect(os.fspath(path))
     except PermissionError:
         connection.close()
-        raise ClientError(f"permission denied: {path} is for root only; become root, or name your own daemon by AERIE_RUN_DIR") from None
+        raise ClientError(
+            f"permission denied: {path} is for root only; become root, or name your own daemon by AERIE_RUN_DIR"
+        ) from None
     except OSError:
         connection.close()
         raise

@@ -277,7 +277,18 @@ class Failed(Message, frozen=True):
 
 
 Answer = (
-    IsReady | Accepted | Progress | Ended | StillRunning | LogDirectory | Listed | TreeShown | Images | ImageMounted | Done | Failed
+    IsReady
+    | Accepted
+    | Progress
+    | Ended
+    | StillRunning
+    | LogDirectory
+    | Listed
+    | TreeShown
+    | Images
+    | ImageMounted
+    | Done
+    | Failed
 )
 ANSWERS: Final = (
     IsReady, Accepted, Progress, Ended, StillRunning, LogDirectory, Listed, TreeShown, Images, ImageMounted, Done, Failed,

@@ -21,7 +21,9 @@ def faults(task: str, spec: TaskSpec) -> list[str]:
     """Everything that is wrong with a request, each with what would be right; empty when nothing is."""
     found = []
     if not TASK_NAME.fullmatch(task):
-        found.append(f"id {task[:120]!r}: it must be up to 100 letters, digits, '_', '.' and '-', and start with a letter or digit")
+        found.append(
+            f"id {task[:120]!r}: it must be up to 100 letters, digits, '_', '.' and '-', and start with a letter or digit"
+        )
     if not spec.image:
         found.append("image: it is empty: name one, like docker.io/library/debian:12")
     if not spec.command or not spec.command[0]:
@@ -31,8 +33,15 @@ def faults(task: str, spec: TaskSpec) -> list[str]:
     for name in spec.env:
         if not name or "=" in name:
             found.append(f"env {name[:100]!r}: a variable's name must not be empty nor have '=' in it")
-    texts = {"image": [spec.image], "command": spec.command, "env": [*spec.env, *spec.env.values()], "workspace": [spec.workspace or ""]}
-    found += [f"{what}: a NUL or a byte that is not UTF-8 cannot be passed on" for what, values in texts.items() if not _clean(values)]
+    texts = {
+        "image": [spec.image],
+        "command": spec.command,
+        "env": [*spec.env, *spec.env.values()],
+        "workspace": [spec.workspace or ""],
+    }
+    found += [
+        f"{what}: a NUL or a byte that is not UTF-8 cannot be passed on" for what, values in texts.items() if not _clean(values)
+    ]
     if not _within(spec.memory_bytes, "memory_bytes"):
         found.append(f"memory {spec.memory_bytes}: it must be {accepted('sandbox', 'memory_bytes')}")
     if not _within(spec.cpu_cores, "cpu_cores"):
@@ -49,9 +58,8 @@ def amount(unit: str, value: Any) -> float:
     """
     if isinstance(value, str):
         return PARSERS[unit](value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if unit != "bytes" or value == int(value):
-            return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and (unit != "bytes" or value == int(value)):
+        return value
     raise QuantityError(f"{value!r} is not a limit: write a text such as {EXAMPLES[unit]}, or a number")
 
 

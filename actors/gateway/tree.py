@@ -13,7 +13,8 @@ from supervisor.tree import System
 def draw_tree(system: System, services: Services) -> TreeNode:
     """The whole tree as of now.  It asks the keeper, so it must not be called in an actor's thread."""
     state = services.descriptors.keeper_state()
-    actors = _actor(system.snapshot(), services, os.getpid())
+    assert system.root is not None
+    actors = _actor(system.root.snapshot(), services, os.getpid())
     root_restarts = state.root_restarts if state else 0
     root = TreeNode("root supervisor", "process", os.getpid(), "running", max(0, root_restarts), [actors])
     children = [root]

@@ -19,7 +19,8 @@ from actors.image.errors import ArchiveInvalid, ReferenceInvalid
 from actors.image.reference import Reference
 from actors.lazytree import mounts
 from actors.services import GATEWAY, Services
-from supervisor.actor import Actor, Deferred, Worked, WorkFailed
+from supervisor.actor import Actor
+from supervisor.answers import Deferred, Worked, WorkFailed
 from supervisor.frames import Codec
 from supervisor.isolation import Process
 from supervisor.processes import ProcessRow

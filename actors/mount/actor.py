@@ -21,7 +21,8 @@ from actors.mount import messages, wire
 from actors.mount.syncer import keep_for_later
 from actors.sandbox.messages import ReadFailed as TaskReadFailed
 from actors.services import SYNCER, Services, sandbox_name
-from supervisor.actor import Actor, Answer, Refused, Worked, WorkFailed
+from supervisor.actor import Actor
+from supervisor.answers import Answer, Refused, Worked, WorkFailed
 from supervisor.channel import Channel
 from supervisor.frames import Codec, Message
 from supervisor.isolation import Process

@@ -1,4 +1,4 @@
-"""The store's listing: a directory walked once and written down as META, an object table, and what a sync will compare with.
+"""The store's listing: a directory walked once, and written down for the sync that will compare with it.
 
 A *path* is bytes, relative to the store, without a leading slash; the store itself is `b""`.  No symbolic link is followed and every
 name is used through a descriptor of its directory, so a store that changes during the walk yields a mixture of then and now, at
@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import stat
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 import msgspec
 
-from actors.lazytree import erofs
-from actors.lazytree.objects import Objects
-from actors.lazytree.table import Row, write_table
-from actors.mount.source import StoredFile
-
-META, TABLE, LISTING = "meta.erofs", "table", "listing"  # in the task's directory
+LISTING = "listing"  # in the task's directory
 RESERVED = b".aerie-sync"  # in a store's root: the syncer's own, in no listing
 TASK_UID = TASK_GID = 1000
 PATH_BYTES_MAX = 4000  # the kernel takes 4095, and a conflict copy's name is longer
-SMALL_BYTES_MAX = 64 << 10
+
+_LISTED_KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _OPENAT2 = 437
@@ -65,17 +57,29 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     staged: bool = False
 
 
-@dataclass(frozen=True)
-class Listed:
-    """What `index` made: entries listed; regular files that are not empty, the bytes of them, and how many are not in OBJECTS; and what
-    is not in the snapshot, with the reasons.
-    """
+class Found(msgspec.Struct, array_like=True, gc=False):
+    """A name as it was met; the mode is without setuid and setgid."""
 
-    entries: int
-    objects: int
-    content_bytes: int
-    missing: int
-    skipped: list[tuple[bytes, str]]
+    path: bytes
+    mode: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    target: bytes | None = None
+
+
+@dataclass
+class Listing:
+    """A store's root, all that is in it (a directory comes before what it has), and what is not listed, with the reasons."""
+
+    root: Found
+    entries: list[Found] = field(default_factory=list)
+    skipped: list[tuple[bytes, str]] = field(default_factory=list)
+
+    def encode(self) -> bytes:
+        """The entries as msgpack."""
+        return msgspec.msgpack.encode(self.entries)
 
 
 def entry_of(status: os.stat_result) -> Entry | None:
@@ -119,27 +123,76 @@ def open_store(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def index(store: str, directory: str, objects: Objects, bounds: Bounds, small_bytes_max: int, small_s: float) -> Listed:
-    """List `store` and write META, table and listing into the task's `directory`.
+def list_store(descriptor: int, bounds: Bounds) -> Listing:
+    """List the store whose directory is open at `descriptor`.  Raises OSError, TreeTooLarge."""
+    listing = Listing(_found(b"", os.fstat(descriptor)))
+    _list_directory(descriptor, b"", 1, listing, bounds)
+    return listing
 
-    Files of at most 64 KiB are copied to OBJECTS on the way, for overlayfs binds an inode to the layer that has its object at first
-    open; at most `small_bytes_max` in all, and for no longer than `small_s`: what remains is read when it is wanted.
-    Raises OSError, TreeTooLarge.
-    """
-    root = open_store(store)
+
+def _list_directory(descriptor: int, path: bytes, depth: int, listing: Listing, bounds: Bounds) -> None:
+    if depth > bounds.depth_max:
+        raise TreeTooLarge(f"{os.fsdecode(path)!r} lies deeper than {bounds.depth_max} directories")
+    prefix = path + b"/" if path else b""
+    with os.scandir(descriptor) as items:
+        for item in items:
+            name = os.fsencode(item.name)
+            if name == RESERVED and not path:
+                continue
+            try:
+                found = _found(prefix + name, item.stat(follow_symlinks=False))
+                kind = stat.S_IFMT(found.mode)
+                if kind not in _LISTED_KINDS:
+                    listing.skipped.append((found.path, "not a file, directory or symbolic link"))
+                    continue
+                if len(found.path) > PATH_BYTES_MAX:
+                    listing.skipped.append((found.path, "its path is too long"))
+                    continue
+                if kind == stat.S_IFLNK:
+                    found.target = os.readlink(name, dir_fd=descriptor)
+                if len(listing.entries) >= bounds.entries_max:
+                    raise TreeTooLarge(f"the store has more than {bounds.entries_max} entries")
+                listing.entries.append(found)
+                if kind == stat.S_IFDIR:
+                    _list_below(descriptor, name, found.path, depth, listing, bounds)
+            except OSError as error:
+                # It was replaced by something of another kind, or went, since it was looked at.
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL):
+                    raise
+
+
+def _list_below(descriptor: int, name: bytes, path: bytes, depth: int, listing: Listing, bounds: Bounds) -> None:
+    below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
     try:
-        status = os.fstat(root)
-        identity = f"{status.st_dev}:{status.st_ino}:{store}".encode()
-        walk = _Walk(identity, objects, bounds, small_bytes_max, time.monotonic() + small_s)
-        tree = walk.node(status)
-        walk.directory(root, b"", tree, 1)
+        _list_directory(below, path, depth + 1, listing, bounds)
     finally:
-        os.close(root)
-    # META last: whoever finds it finds the others too.
-    _replace(directory, LISTING, lambda file: file.write(msgspec.msgpack.encode(walk.listing)))
-    _replace(directory, TABLE, lambda file: write_table(file, walk.rows))
-    _replace(directory, META, lambda file: erofs.write(tree, file))
-    return Listed(len(walk.listing), len(walk.rows), walk.content_bytes, walk.missing, walk.skipped)
+        os.close(below)
+
+
+def _found(path: bytes, status: os.stat_result) -> Found:
+    return Found(path, status.st_mode & ~0o6000, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def read_listing(directory: str) -> dict[bytes, Entry]:
+    """The listing in a task's directory, by path.  Raises OSError; msgspec.MsgspecError for a file that is not whole."""
+    with open(os.path.join(directory, LISTING), "rb") as file:
+        entries = msgspec.msgpack.decode(file.read(), type=list[Found])
+    listing = {}
+    for found in entries:
+        if stat.S_ISREG(found.mode):
+            version = (found.inode, found.size, found.mtime_ns)
+            listing[found.path] = Entry(found.mode, found.mtime_ns, version)
+        else:
+            listing[found.path] = Entry(found.mode, target=found.target)
+    return listing
+
+
+def write_listing(directory: str, entries: bytes) -> None:
+    """Put an encoded listing (`Listing.encode`) into a task's directory, whole or not at all.  Raises OSError."""
+    temporary = os.path.join(directory, f".{LISTING}.new")
+    with open(temporary, "wb") as file:
+        file.write(entries)
+    os.rename(temporary, os.path.join(directory, LISTING))
 
 
 def make_listing_durable(directory: str) -> None:
@@ -150,121 +203,3 @@ def make_listing_durable(directory: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def read_listing(directory: str) -> dict[bytes, Entry]:
-    """What `index` listed, by path; without the root.  Raises OSError; msgspec.MsgspecError for a file that is not whole."""
-    with open(os.path.join(directory, LISTING), "rb") as file:
-        return msgspec.msgpack.decode(file.read(), type=dict[bytes, Entry])
-
-
-def _replace(directory: str, name: str, write: Callable[[BinaryIO], object]) -> None:
-    temporary = os.path.join(directory, f".{name}.new")
-    with open(temporary, "wb") as file:
-        write(file)
-    os.rename(temporary, os.path.join(directory, name))
-
-
-@dataclass
-class _Walk:
-    identity: bytes
-    objects: Objects
-    bounds: Bounds
-    small_bytes_left: int
-    small_until_s: float
-    listing: dict[bytes, Entry] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    skipped: list[tuple[bytes, str]] = field(default_factory=list)
-    content_bytes: int = 0
-    missing: int = 0
-
-    def node(self, status: os.stat_result) -> erofs.Node:
-        directory = stat.S_ISDIR(status.st_mode)
-        node = erofs.Node(status.st_mode & ~0o6000, TASK_UID, TASK_GID, status.st_mtime_ns)
-        if directory:
-            node.children = {}
-        return node
-
-    def directory(self, descriptor: int, path: bytes, parent: erofs.Node, depth: int) -> None:
-        """List the directory open at `descriptor` into `parent`."""
-        if depth > self.bounds.depth_max:
-            raise TreeTooLarge(f"{os.fsdecode(path)!r} lies deeper than {self.bounds.depth_max} directories")
-        assert parent.children is not None
-        prefix = path + b"/" if path else b""
-        with os.scandir(descriptor) as found:
-            for item in found:
-                name = os.fsencode(item.name)
-                if name == RESERVED and not path:
-                    continue
-                try:
-                    status = item.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue  # it went away during the walk, and is not in the snapshot
-                entry = entry_of(status)
-                if entry is None or len(prefix) + len(name) > PATH_BYTES_MAX:
-                    self.skipped.append(
-                        (prefix + name, "its path is too long" if entry else "not a file, directory or symbolic link")
-                    )
-                    continue
-                if len(self.listing) >= self.bounds.entries_max:
-                    raise TreeTooLarge(f"the store has more than {self.bounds.entries_max} entries")
-                node = self.node(status)
-                try:
-                    if entry.content is not None:
-                        self.file(descriptor, name, prefix + name, status, node)
-                    elif node.children is None:
-                        node.target = os.readlink(name, dir_fd=descriptor)
-                        entry = Entry(entry.mode, target=node.target)
-                    self.listing[prefix + name] = entry
-                    parent.children[name] = node
-                    if node.children is not None:
-                        self.below(descriptor, name, prefix + name, node, depth)
-                except OSError as error:
-                    # It was replaced by something of another kind, or went, since it was looked at.
-                    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL):
-                        raise
-
-    def below(self, descriptor: int, name: bytes, path: bytes, node: erofs.Node, depth: int) -> None:
-        below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
-        try:
-            self.directory(below, path, node, depth + 1)
-        finally:
-            os.close(below)
-
-    def file(self, descriptor: int, name: bytes, path: bytes, status: os.stat_result, node: erofs.Node) -> None:
-        size = node.size = status.st_size
-        if not size:
-            return
-        # The change time too: the object of a file that was rewritten and given its old time again is another one.
-        version = f"{status.st_ino}:{size}:{status.st_mtime_ns}:{status.st_ctime_ns}".encode()
-        key = node.key = hashlib.sha256(b"%s\0%s\0%s" % (self.identity, version, path)).hexdigest()
-        self.rows.append(Row(key, size, _encode_source(StoredFile(path, status.st_ino, size, status.st_mtime_ns))))
-        self.content_bytes += size
-        if not self.objects.has(key):
-            self.missing += 1
-            if size <= min(SMALL_BYTES_MAX, self.small_bytes_left) and time.monotonic() < self.small_until_s:
-                self.small_bytes_left -= size
-                self.missing -= self.fill(descriptor, name, status, key)
-
-    def fill(self, descriptor: int, name: bytes, status: os.stat_result, key: str) -> bool:
-        """Copy a small file to OBJECTS, if it is and stays the version that was listed."""
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
-        try:
-            content = os.read(file, status.st_size + 1)
-            now = os.fstat(file)
-        finally:
-            os.close(file)
-        # One look after the read is enough: what was read was this version if the file still is.
-        if _version(now) != _version(status) or len(content) != status.st_size:
-            return False
-        with self.objects.create() as copy:
-            copy.write(content)
-            self.objects.publish(copy, key)
-        return True
-
-
-_encode_source = msgspec.msgpack.Encoder().encode
-
-
-def _version(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

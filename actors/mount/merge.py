@@ -293,7 +293,9 @@ class _Planner:
             return
         where = self.where(path)
         now, before = self.now(where), self.known.ours.get(path)
-        only_described = where == path and before is not None and same_version(wanted, before) and wanted.staged == before.staged
+        only_described = (
+            where == path and before is not None and same_version(wanted, before) and wanted.staged == before.staged
+        )
         theirs = self.compare(where, path, now, wanted)
         match DECISIONS[Ours.DESCRIBED if only_described else Ours.WRITTEN, theirs]:
             case Decision.DESCRIBE:

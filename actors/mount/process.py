@@ -12,10 +12,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
+from functools import partial
 from typing import Any
 
 from actors.lazytree.objects import Objects
-from actors.mount import listing
+from actors.mount.indexing import Indexer
+from actors.mount.listing import TreeTooLarge, make_listing_durable
 from actors.mount.sync import sync
 from actors.mount.wire import JOBS, TEXT_BYTES_MAX, Indexed, IndexWorkspace, JobFailed, Progress, Synced, SyncWorkspace
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
@@ -35,7 +37,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     gc.freeze()
     gc.set_threshold(200_000, 50, 50)
     channel = Channel(end, JOBS)
-    indexing = _Workers(channel, INDEXING_MAX, _index)
+    indexing = _Workers(channel, INDEXING_MAX, partial(_index, Indexer()))
     syncing = _Workers(channel, SYNCING_MAX, _sync)
     beat_s = time.monotonic()
     while True:
@@ -91,17 +93,17 @@ class _Workers:
             self.running += change
 
 
-def _index(job: IndexWorkspace, send: Callable[[Message], None]) -> None:
+def _index(indexer: Indexer, job: IndexWorkspace, send: Callable[[Message], None]) -> None:
     with closing(Objects(job.objects_dir)) as objects:
         try:
-            listed = listing.index(job.store, job.directory, objects, job.bounds, job.small_bytes_max, job.small_s)
-        except (OSError, listing.TreeTooLarge) as error:
+            listed = indexer.index(job.store, job.directory, objects, job.bounds, job.small_bytes_max, job.small_s)
+        except (OSError, TreeTooLarge) as error:
             send(JobFailed(job.job, str(error)))
             return
     skipped, skipped_count = _shown(f"{_readable(path)}: {reason}" for path, reason in listed.skipped)
     send(Indexed(job.job, listed.entries, listed.objects, listed.content_bytes, listed.missing, skipped, skipped_count))
     with suppress(FileNotFoundError):  # the task is over already
-        listing.make_listing_durable(job.directory)  # nobody needs to wait for it: staging is empty still
+        make_listing_durable(job.directory)  # nobody needs to wait for it: staging is empty still
 
 
 def _sync(job: SyncWorkspace, send: Callable[[Message], None]) -> None:

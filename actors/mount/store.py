@@ -313,9 +313,7 @@ class Store:
         finally:
             os.close(file)
 
-    def _copy(
-        self, source: int, directory: int, name: bytes, mode: int, mtime_ns: int | None
-    ) -> tuple[os.stat_result, Entry]:
+    def _copy(self, source: int, directory: int, name: bytes, mode: int, mtime_ns: int | None) -> tuple[os.stat_result, Entry]:
         """A copy of an open file, under a private name; `sync_prepared` makes it durable.  Returns the source's status and the entry."""
         copy = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
         if len(self._unsynced_files) >= FILES_OPEN_MAX:

@@ -10,8 +10,8 @@ from actors.lazytree import mounts
 from actors.mount import messages
 from actors.mount.actor import MountActor, unmount_tree
 from actors.services import Services, mount_name
-from supervisor.actor import Answer, Worked, WorkFailed
-from supervisor.spec import ChildSpec, Restart
+from supervisor.answers import Answer, Worked, WorkFailed
+from supervisor.spec import ChildSpec, Flags, Restart
 from supervisor.tree import Supervisor, System
 
 
@@ -19,7 +19,7 @@ class MountSupervisor(Supervisor):
     """Dynamic, beside the one static child, the syncer's actor."""
 
     def __init__(self, system: System, name: str, services: Services, children: tuple[ChildSpec, ...]) -> None:
-        super().__init__(system, name, children)
+        super().__init__(system, name, children, Flags(intensity=None))
         self._services = services
         self._cleaning: list[Any] = []
 

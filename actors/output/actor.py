@@ -16,7 +16,8 @@ from actors.sandbox.attempt import STREAMS, held
 from actors.sandbox.messages import Sink
 from actors.sandbox.recovery import gaps
 from actors.services import Services
-from supervisor.actor import Actor, Deferred
+from supervisor.actor import Actor
+from supervisor.answers import Deferred
 from supervisor.frames import Message
 from supervisor.isolation import Process
 from supervisor.processes import ProcessRow

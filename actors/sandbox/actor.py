@@ -27,10 +27,12 @@ from actors.sandbox import bundle, conmon, ending, messages
 from actors.sandbox.attempt import HELD, Attempt, held
 from actors.sandbox.host import SandboxHost
 from actors.sandbox.recovery import Found, look
+from actors.sandbox.runtimes import CreateError, exec_error
 from actors.sandbox.states import Effect, Fact, Life, Phase, begin, step
 from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, Services
 from actors.settings import Settings
-from supervisor.actor import Actor, Answer, Refused, Worked, WorkFailed, refusal
+from supervisor.actor import Actor
+from supervisor.answers import Answer, Refused, Worked, WorkFailed, refusal
 from supervisor.pidfd import pid_of, signal_process, wait_status
 from supervisor.processes import ProcessRow
 from supervisor.tree import System
@@ -286,7 +288,7 @@ class SandboxActor(Actor):
     def _work_failed(self, key: Any, error: Exception) -> None:
         match key:
             case "created" | "start" | "workspace":
-                self._fail(str(error), error.kind if isinstance(error, conmon.CreateError) else "other")
+                self._fail(str(error), error.kind if isinstance(error, CreateError) else "other")
             case "intended":
                 self._fail(f"the start could not be recorded: {error}", "other")
             case "recorded":

@@ -12,8 +12,8 @@ from actors.sandbox import messages
 from actors.sandbox.actor import SandboxActor
 from actors.sandbox.host import SandboxHost
 from actors.services import Services, sandbox_name
-from supervisor.actor import Answer
-from supervisor.spec import ChildSpec, Restart
+from supervisor.answers import Answer
+from supervisor.spec import ChildSpec, Flags, Restart
 from supervisor.tree import Supervisor, System
 
 TO_ONE = (
@@ -29,7 +29,7 @@ class SandboxSupervisor(Supervisor):
     """Dynamic: a child for each sandbox, which is restarted until all that the sandbox had is given back."""
 
     def __init__(self, system: System, name: str, services: Services) -> None:
-        super().__init__(system, name)
+        super().__init__(system, name, flags=Flags(intensity=None))
         self._services = services
         self._host = SandboxHost(services.layout)
 

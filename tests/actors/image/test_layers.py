@@ -145,6 +145,8 @@ def three(name: str) -> Member:
                      {"usr": "/", "usr/lib": "/", "usr/lib/x": "/", "usr/lib/x/a": "1", "lib": "-> /usr/lib"}, id="absolute"),
         pytest.param([[directory("d/e"), directory("f"), symlink("d/s", "../f"), symlink("t", "d/s"), one("t/a")]],
                      {"d": "/", "d/e": "/", "d/s": "-> ../f", "f": "/", "f/a": "1", "t": "-> d/s"}, id="through two links"),
+        pytest.param([[directory("d"), directory("e"), symlink("d/s", "/e"), one("d/s/a")]],
+                     {"d": "/", "d/s": "-> /e", "e": "/", "e/a": "1"}, id="absolute, from a directory"),
         pytest.param([[symlink("s", "nowhere")], [one("s")]], {"s": "1"}, id="a file replaces a link"),
         # Hard links
         pytest.param([[one("a"), hard_link("b", "a")], [one(".wh.a")]], {"b": "1"}, id="a link outlives its target"),
@@ -182,6 +184,7 @@ def test_layers_make_this_tree(layers: list[list[Member]], expected: dict[str, s
         ([directory("d"), symlink("d/s", "../../etc"), one("d/s/a")], LayerUnsafe, "out of the image's root"),
         ([symlink("s", "/tmp/there"), one("s/a")], LayerUnsafe, "where nothing is"),
         ([directory("d"), symlink("s", "d/e"), one("s/f/a")], LayerUnsafe, "where nothing is"),
+        ([directory("d"), symlink("t", "d"), symlink("s", "t/nowhere"), one("s/a")], LayerUnsafe, "where nothing is"),
         ([symlink("s", "t"), symlink("t", "s"), one("s/a")], LayerUnsafe, "symbolic links"),
         ([symlink("s", "/etc/passwd"), hard_link("b", "s/x")], LayerUnsafe, "where nothing is"),
         ([one("d/.wh.")], LayerUnsafe, "hides nothing"),

@@ -26,6 +26,7 @@ from actors.image.archive import Archive
 from actors.image.process import serve
 from actors.image.wire import BuildFailed, BuildImage, Built, Progress, Resolved
 from actors.lazytree.mounts import mount_erofs, mount_overlay, unmount
+from actors.lazytree.objects import Objects
 from supervisor.channel import Channel, ChannelClosed
 from supervisor.frames import Codec, Message
 from tests.actors.image.images import (
@@ -242,6 +243,9 @@ def test_the_tree_that_the_kernel_shows_is_the_one_that_the_layers_describe(
         assert (root / "bin/su").stat().st_nlink == 2
         assert os.path.samefile(root / "big", root / "big2")
     node.check_objects()
+    objects = Objects(str(node.cache))
+    assert objects.forget_unsynced() == 0  # all were made durable
+    objects.close()
     # Two files of one content are one object; what a later layer has hidden is none.
     assert built.objects == len({BIG, b"program", b"init", b"new", b"name"})
     assert built.unpacked_bytes == len(BIG) + len(b"program") + len(b"init") + len(b"new") + len(b"name")

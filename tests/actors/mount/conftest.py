@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import ObjectTable
-from actors.mount.listing import META, TABLE, Bounds, Listed, index
+from actors.mount.indexing import META, TABLE, Indexed, Indexer
+from actors.mount.journal import JOURNAL
+from actors.mount.listing import Bounds
 from actors.mount.source import StoredFile
 from actors.mount.sync import Outcome, sync
 
@@ -55,10 +59,10 @@ class Workspace:
     def upper(self) -> Path:
         return self.directory / "upper"
 
-    def index(self) -> Listed:
+    def index(self) -> Indexed:
         objects = Objects(str(self.objects))
         try:
-            listed = index(str(self.store), str(self.directory), objects, Bounds(), 1 << 20, 10.0)
+            listed = Indexer().index(str(self.store), str(self.directory), objects, Bounds(), 1 << 20, 10.0)
             table = ObjectTable(str(self.directory / TABLE))
             for row in map(table.row, range(len(table))):
                 if not objects.has(row.key):
@@ -94,6 +98,13 @@ class Workspace:
 
     def sync(self, running: bool = False) -> Outcome:
         return sync(str(self.store), str(self.directory), self.task, Bounds(), running)
+
+    @contextmanager
+    def locked_journal(self) -> Iterator[None]:
+        """As if a sync of this workspace were under way."""
+        with open(self.directory / JOURNAL, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def tree(self) -> dict[str, Any]:
         """What the store has, by path: a file's content and mode, a link's target, a directory's mode."""

@@ -185,7 +185,11 @@ def test_one_path(base: str, ours: str, theirs: str) -> None:
 
 def test_modes_follow_who_changed_them() -> None:
     """Ours where the task changed it, the store's otherwise; a mode alone is never a conflict."""
-    for base, ours, theirs, result in ((0o644, 0o644, 0o600, 0o600), (0o644, 0o755, 0o600, 0o755), (0o644, 0o755, 0o644, 0o755)):
+    for base, ours, theirs, result in (
+        (0o644, 0o644, 0o600, 0o600),
+        (0o644, 0o755, 0o600, 0o755),
+        (0o644, 0o755, 0o644, 0o755),
+    ):
         for entry in (staged(22, stat.S_IFREG | ours), Entry(stat.S_IFREG | ours, 11, (11, 1, 11)), Entry(stat.S_IFDIR | ours)):
             kind = stat.S_IFMT(entry.mode)
             was = stored(11, kind | base) if kind == stat.S_IFREG else Entry(kind | base)
@@ -221,7 +225,9 @@ def trees(entries: st.SearchStrategy[Entry]) -> st.SearchStrategy[dict[bytes, En
     return st.dictionaries(PATHS, entries, max_size=10).map(valid)
 
 
-ENTRIES = st.one_of(st.just(directory), st.just(directory), st.sampled_from([link(b"l"), link(b"m")]), st.integers(0, 9).map(stored))
+ENTRIES = st.one_of(
+    st.just(directory), st.just(directory), st.sampled_from([link(b"l"), link(b"m")]), st.integers(0, 9).map(stored)
+)
 
 
 @st.composite
@@ -236,7 +242,9 @@ def situations(draw: st.DrawFn) -> tuple[dict[bytes, Entry], dict[bytes, Entry],
         return numbered
 
     def overlay(base: dict[bytes, Entry], changes: dict[bytes, Entry], removed: set[bytes]) -> dict[bytes, Entry]:
-        tree = {path: entry for path, entry in base.items() if not any((path + b"/").startswith(gone + b"/") for gone in removed)}
+        tree = {
+            path: entry for path, entry in base.items() if not any((path + b"/").startswith(gone + b"/") for gone in removed)
+        }
         for path, entry in sorted(changes.items()):
             if not is_directory(entry):
                 tree = {below: kept for below, kept in tree.items() if not below.startswith(path + b"/")}
@@ -281,7 +289,9 @@ def test_nothing_is_lost(situation: tuple[dict[bytes, Entry], dict[bytes, Entry]
         if beside is not None and not beside.beside:
             assert not entry.staged and entry.target is None, "what the task wrote is somewhere"
             continue
-        places = [beside.beside] if beside else [path, *(c.beside + path[len(c.path) :] for c in conflicts.values() if c.beside)]
+        places = (
+            [beside.beside] if beside else [path, *(c.beside + path[len(c.path) :] for c in conflicts.values() if c.beside)]
+        )
         assert wanted in [letters(model.tree).get(place) for place in places], "what the task wrote is somewhere"
     after = dict(model.tree)
     assert merge(known, ours, model) == []
@@ -290,7 +300,9 @@ def test_nothing_is_lost(situation: tuple[dict[bytes, Entry], dict[bytes, Entry]
 
 @settings(max_examples=200, deadline=None)
 @given(situations())
-def test_one_side_alone_changes_everything(situation: tuple[dict[bytes, Entry], dict[bytes, Entry], dict[bytes, Entry]]) -> None:
+def test_one_side_alone_changes_everything(
+    situation: tuple[dict[bytes, Entry], dict[bytes, Entry], dict[bytes, Entry]],
+) -> None:
     base, ours, theirs = situation
     model = Model(base, ours)
     assert merge(Known.listed(base), ours, model) == []
@@ -337,7 +349,14 @@ def test_a_conflict_is_updated_where_it_went_unless_that_was_touched() -> None:
 
 def test_a_directory_is_renamed_as_a_whole_only_when_nobody_else_is_touched() -> None:
     base = {b"d": directory, b"d/x": stored(11), b"d/e": directory, b"d/e/y": stored(12), b"o": directory}
-    tree = {b"n": directory, b"n/m": directory, b"n/m/x": stored(11), b"n/m/e": directory, b"n/m/e/y": stored(12), b"o": directory}
+    tree = {
+        b"n": directory,
+        b"n/m": directory,
+        b"n/m/x": stored(11),
+        b"n/m/e": directory,
+        b"n/m/e/y": stored(12),
+        b"o": directory,
+    }
 
     def may(theirs: Tree, ours: Tree = tree) -> list[bytes] | None:
         steps = plan_move(Known.listed(base), ours, Model(theirs, ours), b"d", b"n/m")

@@ -548,7 +548,9 @@ def test_while_the_task_runs(workspace: Workspace, store: Path) -> None:
     assert (store / "a").read_text() == "2"
     write(store / "a", "theirs", old=False)
     outcome = workspace.sync()
-    assert (outcome.outcome, outcome.conflicts) == ("synced", []), "the task's version was there, and was then changed by others"
+    assert (outcome.outcome, outcome.conflicts) == ("synced", []), (
+        "the task's version was there, and was then changed by others"
+    )
     assert {name: what[0] for name, what in workspace.tree().items() if isinstance(what, tuple)} == {
         "a": b"theirs",
         "b": b"b",
@@ -753,7 +755,13 @@ def test_killed_before_any_call(tmp_path: Path, workspaces: Callable[[str], Work
 
     def result(workspace: Workspace) -> tuple[object, ...]:
         outcome = workspace.sync()
-        return outcome.outcome, outcome.error, outcome.conflicts, workspace.tree(), (workspace.store / "renamed").stat().st_mtime_ns
+        return (
+            outcome.outcome,
+            outcome.error,
+            outcome.conflicts,
+            workspace.tree(),
+            (workspace.store / "renamed").stat().st_mtime_ns,
+        )
 
     wanted = result(begin("w"))
     assert wanted[0] == "conflict"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from actors.sandbox import bundle, conmon
 from actors.sandbox.conmon import Container, Created
 from actors.sandbox.runtimes import ContainerError, CreateError, Runtime, exec_error
-from supervisor.pidfd import has_ended, pid_of, wait_status
+from supervisor.pidfd import has_ended, open_pidfd, pid_of, wait_status
 from tests.actors.sandbox.conftest import TIMEOUT_S, Laboratory, wait_for
 
 
@@ -254,7 +255,7 @@ def test_no_conmon(laboratory: Laboratory, runtime: Runtime) -> None:
 
 def test_a_runtime_that_hangs(laboratory: Laboratory, tmp_path: Path) -> None:
     hanging = tmp_path / "hanging"
-    hanging.write_text('#!/bin/sh\ncase "$*" in *create*) exec sleep 600;; esac\n')
+    hanging.write_text(f'#!/bin/sh\ncase "$*" in *create*) echo $$ > {tmp_path}/pid; exec sleep 600;; esac\n')
     hanging.chmod(0o755)
     container, _, home = laboratory.prepare(
         Runtime("runc", str(hanging), "1.1", tmp_path / "runtimes"), ("/bin/true",), {}, bundle.Limits()
@@ -263,7 +264,11 @@ def test_a_runtime_that_hangs(laboratory: Laboratory, tmp_path: Path) -> None:
     with pytest.raises(CreateError, match="within 0.5 s"), open(home / "attempt", "w") as attempt:
         conmon.create(container, "/bin/true", attempt.fileno(), laboratory.environment, 0.5)
     assert time.monotonic() - began < 5
-    # The fixture sees that neither conmon nor the runtime is left.
+    assert conmon.find(container) is None
+    with contextlib.suppress(ProcessLookupError):  # the runtime has died with conmon, or is about to
+        runtime = open_pidfd(int((tmp_path / "pid").read_text()))
+        wait_for(runtime)
+        os.close(runtime)
 
 
 # --- its life ---

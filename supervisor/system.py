@@ -1,0 +1,126 @@
+"""What all actors of a process share: their names, requests between them, timers, and a pool for what blocks."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from supervisor.answers import Answer, Refused
+from supervisor.timers import Timers
+
+WORKERS_MAX = 48
+
+Mailbox = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A message that wants an answer.  It waits here until it has one, and is delivered again to a new incarnation of its target."""
+
+    number: int
+    target: str
+    message: Any
+    asker: Mailbox
+
+
+class Root(Protocol):
+    """The supervisor at the top."""
+
+    def snapshot(self) -> dict[str, Any]: ...
+
+
+class System:
+    """A name is *expected* from the moment its supervisor knows the child until the child has ended for good; between two incarnations
+    requests wait.  Nobody else has a name, and is refused.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._expected: set[str] = set()
+        self._mailboxes: dict[str, tuple[int, Mailbox]] = {}
+        self._requests: dict[int, Request] = {}
+        self._numbers = itertools.count(1)
+        self.timers = Timers()
+        self.root: Root | None = None  # for whoever draws the tree
+        self.pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="worker")
+
+    # --- names ---
+
+    def expect(self, name: str) -> None:
+        with self._lock:
+            self._expected.add(name)
+
+    def register(self, name: str, generation: int, mailbox: Mailbox) -> None:
+        """An incarnation has begun: it gets what its predecessor has not answered, and what waited meanwhile."""
+        with self._lock:
+            self._expected.add(name)
+            self._mailboxes[name] = (generation, mailbox)
+            waiting = [request for request in self._requests.values() if request.target == name]
+        for request in waiting:
+            mailbox(request)
+
+    def unregister(self, name: str, generation: int) -> None:
+        """An incarnation has ended.  A successor that has begun meanwhile keeps the name."""
+        with self._lock:
+            if self._mailboxes.get(name, (generation,))[0] == generation:
+                self._mailboxes.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """There will be nobody of that name any more: who waits for an answer is refused."""
+        with self._lock:
+            self._expected.discard(name)
+            refused = [request for request in self._requests.values() if request.target == name]
+        for request in refused:
+            self.answer(request, False, f"{name} has ended")
+
+    # --- messages ---
+
+    def tell(self, name: str, message: Any) -> bool:
+        """Put a message into the mailbox of `name`.  False when there is nobody just now; then it is lost."""
+        found = self._mailboxes.get(name)
+        if found is None:
+            return False
+        found[1](message)
+        return True
+
+    def request(self, name: str, message: Any, asker: Mailbox) -> int:
+        """Ask `name`; `asker` is called with an Answer or Refused that has the number returned.
+
+        The target may be started again and get the message a second time: asking twice must be harmless.
+        """
+        request = Request(next(self._numbers), name, message, asker)
+        with self._lock:
+            expected = name in self._expected
+            self._requests[request.number] = request
+            found = self._mailboxes.get(name)
+        if not expected:
+            self.answer(request, False, f"there is no {name}")
+        elif found is not None:
+            found[1](request)
+        return request.number
+
+    def answer(self, request: Request, good: bool, value: Any) -> None:
+        """Answer a request; one that has been answered (by an earlier incarnation) is left alone."""
+        with self._lock:
+            if self._requests.pop(request.number, None) is None:
+                return
+        request.asker(Answer(request.number, value) if good else Refused(request.number, str(value)))
+
+    def ask(self, name: str, message: Any, timeout_s: float) -> Any:
+        """Ask and wait; not for an actor's thread.  Raises TimeoutError; RuntimeError when it is refused."""
+        answers: queue.SimpleQueue[Answer | Refused] = queue.SimpleQueue()
+        number = self.request(name, message, answers.put)
+        try:
+            answer = answers.get(timeout=timeout_s)
+        except queue.Empty:
+            with self._lock:
+                self._requests.pop(number, None)
+            raise TimeoutError(f"{name} has not answered {type(message).__name__} within {timeout_s:g} s") from None
+        if isinstance(answer, Refused):
+            raise RuntimeError(answer.error)
+        return answer.value

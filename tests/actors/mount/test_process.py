@@ -1,0 +1,175 @@
+"""The syncer process: jobs in, answers out, several at once, and killed at any instant."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.mount import wire
+from actors.mount.process import serve
+from supervisor.channel import Channel, ChannelClosed
+from tests.actors.mount.conftest import Workspace, write
+
+
+@contextmanager
+def syncer() -> Iterator[tuple[Channel, int]]:
+    """The process, as a fork of this one: our end of its channel, and its pid."""
+    channel, end = Channel.pair(wire.ANSWERS)
+    pid = os.fork()
+    if pid == 0:
+        channel.close()
+        code = 1
+        try:
+            serve(end, [], b"")
+            code = 0
+        finally:
+            os._exit(code)
+    end.close()
+    try:
+        yield channel, pid
+    finally:
+        channel.close()
+        # It ends when its channel is closed; were it not so, the test would hang here and be ended by its time-out.
+        os.waitpid(pid, 0)
+
+
+def answer(channel: Channel) -> Any:
+    while True:
+        message, _ = channel.receive(10.0)
+        if not isinstance(message, wire.Progress):
+            return message
+
+
+def index_job(workspace: Workspace, job: str = "i") -> wire.IndexWorkspace:
+    return wire.IndexWorkspace(job, str(workspace.store), str(workspace.directory), str(workspace.objects))
+
+
+def sync_job(workspace: Workspace, job: str = "s") -> wire.SyncWorkspace:
+    return wire.SyncWorkspace(job, workspace.task, str(workspace.store), str(workspace.directory))
+
+
+def test_a_workspace_there_and_back(workspace: Workspace, store: Path) -> None:
+    write(store / "a", "old")
+    os.mkfifo(store / "fifo")
+    with syncer() as (channel, _):
+        channel.send(index_job(workspace))
+        assert answer(channel) == wire.Indexed("i", 1, 1, 3, 0, ["fifo: not a file, directory or symbolic link"], 1)
+        workspace.mount()
+
+        def task() -> None:
+            Path("a").write_text("ours")
+            Path("new").write_text("new")
+            os.mkfifo(os.fsdecode(b"pipe\xff"))
+
+        workspace.run(task)
+        write(store / "a", "theirs", old=False)
+        channel.send(sync_job(workspace))
+        assert answer(channel) == wire.Synced(
+            "s",
+            "conflict",
+            ["a (now a.aerie-conflict-t1): changed by the task and in the store"],
+            1,
+            ["pipe\\xff: not a file, directory or symbolic link"],
+            1,
+            "",
+            2,
+            7,
+        )
+
+
+def test_jobs_that_cannot_be_done_say_why(workspace: Workspace, store: Path, tmp_path: Path) -> None:
+    with syncer() as (channel, _):
+        write(tmp_path / "no directory", "")
+        channel.send(wire.IndexWorkspace("1", str(tmp_path / "no directory"), str(workspace.directory), str(workspace.objects)))
+        failed = answer(channel)
+        assert (failed.job, "Not a directory" in failed.error) == ("1", True)
+        channel.send(wire.SyncWorkspace("2", "t1", str(store), str(tmp_path / "nowhere")))
+        failed = answer(channel)
+        assert (failed.job, failed.outcome, "No such file" in failed.error) == ("2", "sync_failed", True)
+        write(store / "d/a", "")
+        channel.send(
+            wire.IndexWorkspace("3", str(store), str(workspace.directory), str(workspace.objects), wire.Bounds(entries_max=1))
+        )
+        assert answer(channel) == wire.JobFailed("3", "the store has more than 1 entries")
+
+
+def test_an_answer_has_a_bound(workspace: Workspace, store: Path) -> None:
+    for number in range(500):
+        os.mkfifo(store / f"{number:03}{'n' * 200}")
+    with syncer() as (channel, _):
+        channel.send(index_job(workspace))
+        listed = answer(channel)
+    assert listed.skipped_count == 500
+    assert 10 < len(listed.skipped) < 500
+
+
+def test_jobs_run_at_once_and_the_heart_beats(workspaces: Callable[[str], Workspace], store: Path) -> None:
+    """A sync waits for another process's lock on its journal; listings, and other syncs, go on meanwhile."""
+    write(store / "a", "a")
+    first, second = workspaces("t1"), workspaces("t2")
+    with syncer() as (channel, _):
+        for workspace in (first, second):
+            channel.send(index_job(workspace))
+            answer(channel)
+            workspace.upper.mkdir()
+            write(workspace.upper / workspace.task, "x")
+        with first.locked_journal():
+            channel.send(sync_job(first, "first"))
+            channel.send(sync_job(second, "second"))
+            assert answer(channel).job == "second"
+            channel.send(index_job(workspaces("t3"), "third"))
+            assert answer(channel).job == "third"
+            deadline_s = time.monotonic() + 5
+            while True:
+                beat, _ = channel.receive(deadline_s - time.monotonic())
+                if beat == wire.Progress(1, 0):
+                    break
+        assert answer(channel).job == "first"
+
+
+def test_killed_in_mid_job_the_job_is_done_by_a_successor(workspace: Workspace, store: Path) -> None:
+    write(store / "a", "a")
+    workspace.begin()
+    workspace.run(lambda: [Path(f"f{number}").write_bytes(bytes([number]) * 20_000) for number in range(200)])
+    for delay_s in (0.0, 0.005, 0.01, 0.02, 0.03, 0.05):
+        with syncer() as (channel, pid):
+            channel.send(sync_job(workspace))
+            time.sleep(delay_s)  # not for anything: this is how long it lives
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(ChannelClosed):
+                while True:
+                    channel.receive(10.0)
+    with syncer() as (channel, _):
+        channel.send(sync_job(workspace))
+        synced = answer(channel)
+    assert (synced.outcome, synced.conflicts_count) == ("synced", 0)
+    assert {name: what[0] for name, what in workspace.tree().items()} == {
+        "a": b"a",
+        **{f"f{number}": bytes([number]) * 20_000 for number in range(200)},
+    }
+
+
+def test_it_ends_with_its_channel_also_in_mid_job(workspace: Workspace, store: Path) -> None:
+    workspace.index()
+    workspace.upper.mkdir()
+    write(workspace.upper / "x", "x")
+    with workspace.locked_journal(), syncer() as (channel, _):
+        channel.send(sync_job(workspace))
+        message, _ = channel.receive(10.0)
+        assert isinstance(message, wire.Progress)
+
+
+def test_a_parent_that_does_not_read_costs_it_nothing_but_beats(workspace: Workspace, store: Path) -> None:
+    with syncer() as (channel, _):
+        channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        for number in range(20):
+            channel.send(index_job(workspace, str(number)))
+        assert {answer(channel).job for _ in range(20)} == {str(number) for number in range(20)}
