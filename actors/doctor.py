@@ -63,7 +63,7 @@ Check = Callable[[Settings], Finding]
 
 def missing_parts(settings: Settings) -> list[str]:
     """What is missing for the daemon to start, each with its cure; found by looking only, within a moment."""
-    findings = [check(settings) for check in (*LOOKED_AT, lambda found: _runtime(found, found.sandbox.runtime))]
+    findings = [*(check(settings) for check in LOOKED_AT), _runtime(settings, settings.sandbox.runtime)]
     return [f"{each.part}: {each.found}; needed: {each.needed}; {each.cure}" for each in findings if each.missing]
 
 

@@ -91,6 +91,6 @@ class Isolation:
         match answer:
             case Forked(pid) if came:
                 return pid, came[0]
-            case ForkFailed(error):
-                raise IsolationError(error)
+            case ForkFailed(why):
+                raise IsolationError(why)
         raise IsolationError(f"{request.name}: the fork server answered without a pidfd")

@@ -60,13 +60,13 @@ from supervisor.tree import System
 JANITOR_S = 30.0
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     """Take no more tasks → Drained once no task runs; those that do are cancelled after `timeout_s`."""
 
     timeout_s: float
 
 
-class Drained(Message):
+class Drained(Message, frozen=True):
     pass
 
 
@@ -93,11 +93,11 @@ class _WaitOver:
     task: str
 
 
-class _DrainOver(Message):
+class _DrainOver(Message, frozen=True):
     pass
 
 
-class _Janitor(Message):
+class _Janitor(Message, frozen=True):
     pass
 
 

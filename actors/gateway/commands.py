@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from actors.quantities import QuantityError, parse_bytes, parse_cores, parse_seconds
 
@@ -79,9 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(
-        name: str, function: str, summary: str, json: bool = True, to: argparse._SubParsersAction = commands
-    ) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    def add(name: str, function: str, summary: str, json: bool = True, to: Any = commands) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = to.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         command.set_defaults(function=function, json=False)
         if json:
@@ -163,6 +161,6 @@ def _checked(parse: Callable[[str], float]) -> Callable[[str], str]:
 
 
 def _at_least_one(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) or len(text) > 9:
+    if not text.isascii() or not text.isdigit() or int(text[:9]) < 1 or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 1 on")
     return int(text)

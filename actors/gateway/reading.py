@@ -160,7 +160,7 @@ def show_result(shown: TaskResult, as_json: bool) -> None:
         show_json(shown)
         return
     for name, value in msgspec.structs.asdict(shown).items():
-        if value not in (None, [], 0) or name == "exit_code" and value == 0:
+        if value not in (None, [], 0) or (name == "exit_code" and value == 0):
             print(f"{name + ':':13}{', '.join(value) if isinstance(value, list) else value}")
 
 

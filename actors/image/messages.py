@@ -5,7 +5,7 @@ from __future__ import annotations
 from supervisor.frames import Message
 
 
-class PrepareRootfs(Message):
+class PrepareRootfs(Message, frozen=True):
     """Lease the root file system of an image → RootfsReady, or Refused with a text for the submitter.
 
     `lease` is the asker's name for the lease: asked again with the same name, the answer is the same lease.  With `root` the
@@ -18,7 +18,7 @@ class PrepareRootfs(Message):
     root: bool = False
 
 
-class ImageConfig(Message):
+class ImageConfig(Message, frozen=True):
     """What a task needs of the image's configuration."""
 
     env: list[str]
@@ -26,7 +26,7 @@ class ImageConfig(Message):
     command: list[str]
 
 
-class RootfsReady(Message):
+class RootfsReady(Message, frozen=True):
     """`lower` and `data`: the layers for an overlay mount; `path`: the mounted root, when one was asked for."""
 
     lease: str
@@ -38,21 +38,21 @@ class RootfsReady(Message):
     path: str | None
 
 
-class ReleaseRootfs(Message):
+class ReleaseRootfs(Message, frozen=True):
     """Give a lease back → Released.  A lease that is not held (any more) is no error: `known` says so."""
 
     lease: str
 
 
-class Released(Message):
+class Released(Message, frozen=True):
     known: bool
 
 
-class ListImages(Message):
+class ListImages(Message, frozen=True):
     """→ ImageList"""
 
 
-class ImageRow(Message):
+class ImageRow(Message, frozen=True):
     reference: str
     digest: str
     path: str | None
@@ -60,21 +60,21 @@ class ImageRow(Message):
     unpacked_bytes: int
 
 
-class ImageList(Message):
+class ImageList(Message, frozen=True):
     images: list[ImageRow]
 
 
-class UnmountIdle(Message):
+class UnmountIdle(Message, frozen=True):
     """To itself: the idle time of an image is over."""
 
     digest: str
 
 
-class CloseImages(Message):
+class CloseImages(Message, frozen=True):
     """Release every lease and unmount everything → Released."""
 
 
-class ImageProgress(Message):
+class ImageProgress(Message, frozen=True):
     """Told to the gateway: what those who want these leases wait for."""
 
     leases: list[str]

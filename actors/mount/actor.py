@@ -36,11 +36,11 @@ BACKOFF_S = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5, 1.0)  # before the n-th server in a r
 """The first three at once: a reader inside the task waits for it."""
 
 
-class _NotReady(Message):
+class _NotReady(Message, frozen=True):
     """The time for a mount to be ready is over."""
 
 
-class _ServeAgain(Message):
+class _ServeAgain(Message, frozen=True):
     pass
 
 

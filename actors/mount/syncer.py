@@ -24,11 +24,11 @@ RETRY_S = 60.0
 RESTART_S = 0.2  # after a syncer that could not do without dying
 
 
-class _Retry(Message):
+class _Retry(Message, frozen=True):
     pass
 
 
-class _StartAgain(Message):
+class _StartAgain(Message, frozen=True):
     pass
 
 

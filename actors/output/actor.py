@@ -28,7 +28,7 @@ MOVER = "output mover"
 RESTART_S = 0.2  # after a mover that could not move without dying
 
 
-class _StartAgain(Message):
+class _StartAgain(Message, frozen=True):
     pass
 
 

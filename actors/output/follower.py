@@ -54,7 +54,7 @@ class Follower:
 
     def fileno(self) -> int:
         """Readable when the directory may have grown."""
-        return self._inotify.fileno()
+        return int(self._inotify.fileno())
 
     def wait(self, timeout_s: float | None) -> bool:
         """Wait until it may have grown; False when the time is over."""

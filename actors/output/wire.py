@@ -9,13 +9,13 @@ from actors.sandbox.messages import Sink
 from supervisor.frames import Codec, Message
 
 
-class MoverArguments(Message):
+class MoverArguments(Message, frozen=True):
     """`lock`: a file that a mover locks for its life, so that two never write to one sink."""
 
     lock: str
 
 
-class FollowTask(Message):
+class FollowTask(Message, frozen=True):
     """Bring the lines in `directory` to the sinks, each from its position (`sinks.SinkPosition` as msgpack), or from the start."""
 
     task: str
@@ -24,17 +24,17 @@ class FollowTask(Message):
     positions: dict[str, bytes]
 
 
-class FinishTask(Message):
+class FinishTask(Message, frozen=True):
     """Nobody writes to the task's output any more → Drained when every sink has it all."""
 
     task: str
 
 
-class ForgetTask(Message):
+class ForgetTask(Message, frozen=True):
     task: str
 
 
-class PumpTask(Message):
+class PumpTask(Message, frozen=True):
     """Move what comes through the pipes, whose read ends came along in the order of `streams`, to the spills → Pumped at their end."""
 
     task: str
@@ -42,7 +42,7 @@ class PumpTask(Message):
     streams: list[str]
 
 
-class Moved(Message):
+class Moved(Message, frozen=True):
     """How far a sink is, durably."""
 
     task: str
@@ -50,15 +50,15 @@ class Moved(Message):
     position: bytes
 
 
-class Drained(Message):
+class Drained(Message, frozen=True):
     task: str
 
 
-class Pumped(Message):
+class Pumped(Message, frozen=True):
     task: str
 
 
-class SinkFailed(Message):
+class SinkFailed(Message, frozen=True):
     """A sink does not take lines; they are kept and tried again."""
 
     task: str
@@ -66,7 +66,7 @@ class SinkFailed(Message):
     error: str
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """Heartbeat, every second: tasks followed, and pipes pumped."""
 
     followed: int

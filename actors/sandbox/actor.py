@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from actors.gateway.messages import TaskResult, TaskSpec
 from actors.image import messages as images
 from actors.mount import messages as mounting
 from actors.output import messages as output
+from actors.output.follower import Follower
 from actors.sandbox import attempt as making
 from actors.sandbox import bundle, conmon, ending, messages
 from actors.sandbox.attempt import HELD, Attempt, held
@@ -39,6 +41,7 @@ from supervisor.tree import System
 
 CONMON_S = 5.0  # how long conmon may take to write the last output and end, once its container has
 NOTES_MAX = 20
+EXEC_ERROR_BYTES_MAX = 4096  # a journal that holds more holds more than the runtime's one line
 RETRY_S = 1.0  # before something that must be done, and failed, is tried again
 
 
@@ -57,7 +60,7 @@ class SandboxActor(Actor):
         self._attempt: Attempt | None = None
         self._rootfs: images.RootfsReady | None = None
         self._sinks: list[messages.Sink] = []
-        self._stop_cause: str | None = None
+        self._stop_cause: ending.Cause | None = None
         self._error: str | None = None
         self._failure: str | None = None
         self._notes: list[str] = []
@@ -104,7 +107,7 @@ class SandboxActor(Actor):
     def on_message(self, message: Any) -> Any:
         match message:
             case messages.StopSandbox(_, cause, force):
-                return self._stop(cause, force)
+                return self._ask_to_end(cause, force)
             case messages.StartSandbox():
                 self._know(Fact.START_ASKED)
             case messages.DeleteSandbox(_, force):
@@ -184,6 +187,8 @@ class SandboxActor(Actor):
             root=self._layout.root,
             workspace=self._layout.staging if self._spec.workspace is None else self._layout.workspace,
             cgroup=self._attempt.cgroup.path,
+            uid=self._services.settings.sandbox.uid,
+            gid=self._services.settings.sandbox.gid,
         )
         self.work("created", making.create, self._attempt, self._rootfs, task, self._host.filter, dict(os.environ))
 
@@ -211,7 +216,7 @@ class SandboxActor(Actor):
         if left_s > 0:
             self.after(left_s, ("time is over",))
         else:
-            self._stop("timeout", False)
+            self._ask_to_end("timeout", False)
 
     def _drain_output(self) -> None:
         self.after(CONMON_S, ("conmon is late",))
@@ -337,7 +342,7 @@ class SandboxActor(Actor):
             self._error, self._failure = error, kind
         self._know(Fact.FAILED)
 
-    def _stop(self, cause: str, force: bool) -> Any:
+    def _ask_to_end(self, cause: ending.Cause, force: bool) -> Any:
         if self._stop_cause is None and Fact.ENDED not in self._life.facts:
             self._stop_cause = cause
             if Fact.STARTED in self._life.facts:
@@ -351,7 +356,7 @@ class SandboxActor(Actor):
         if self._life.phase.value < Phase.REPORTING.value:
             if not force:
                 return refusal(f"sandbox {self._task} has not ended: stop it first, or delete it with force")
-            self._stop("cancelled", True)
+            self._ask_to_end("cancelled", True)
         self._know(Fact.DELETE_ASKED)
         return self._state()
 
@@ -363,7 +368,7 @@ class SandboxActor(Actor):
         for kind in ("container", "conmon"):
             pidfd = descriptors.get(held(kind, self._task))
             if pidfd is not None:
-                self._services.watcher.process(pidfd, lambda kind=kind: mailbox(("ended", kind)))
+                self._services.watcher.process(pidfd, partial(mailbox, ("ended", kind)))
                 if kind == "conmon" and (pid := pid_of(pidfd)):
                     self._services.processes.put(self.name, ProcessRow(f"conmon {self._task}", pid, 0))
 
@@ -401,16 +406,19 @@ class SandboxActor(Actor):
         ended_at = self._ended_at or time.time()
         pidfd = self._services.descriptors.get(held("container", self._task))
         status = None if pidfd is None else wait_status(pidfd)
+        ran = Fact.ENDED in self._life.facts
+        if ran and status is not None and (refused := self._exec_refused(status)):
+            ran, self._error, self._failure = False, str(refused), refused.kind
         oom_kills = self._attempt.cgroup.oom_kills() if self._attempt and Fact.ENDED in self._life.facts else 0
         end = ending.conclude(
-            ran=Fact.ENDED in self._life.facts,
+            ran=ran,
             status=status,
             stop_cause=self._stop_cause,
             oom_kills=oom_kills,
             error=self._error,
         )
         error = "; ".join(filter(None, [end.error, *self._notes, self._workspace_outcome.error])) or None
-        started_at = self._started_at if Fact.ENDED in self._life.facts else None
+        started_at = self._started_at if ran else None
         return TaskResult(
             task=self._task,
             state=end.state,
@@ -427,6 +435,22 @@ class SandboxActor(Actor):
             conflicts=self._workspace_outcome.conflicts[:100],
             gaps=self._gaps,
         )
+
+    def _exec_refused(self, status: int) -> CreateError | None:
+        """Whether the runtime, in the task's place, has found that the command cannot be executed: then it never ran."""
+        if self._rootfs is None or not os.WIFEXITED(status) or os.WEXITSTATUS(status) != 1:
+            return None
+        if self._layout.journal.stat().st_size > EXEC_ERROR_BYTES_MAX:
+            return None
+        follower = Follower(self._layout.output)
+        try:
+            printed = follower.finish()
+        finally:
+            follower.close()
+        if any(chunk.stream != "stderr" for chunk in printed):
+            return None
+        text = b"".join(chunk.data for chunk in printed).decode(errors="replace")
+        return exec_error(text, bundle.arguments(self._rootfs.config, self._spec.command)[0])
 
     def _state_now(self) -> TaskResult:
         """The result as it stands."""

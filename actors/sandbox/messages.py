@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from actors.gateway.messages import TaskResult, TaskSpec
 from supervisor.frames import Message
 
 
-class RunTask(Message):
+class RunTask(Message, frozen=True):
     """Create, start, wait for and delete a sandbox for a task that is recorded → the gateway is told `TaskStarted`… `TaskReleased`.
 
     Said again for a task whose sandbox lives, it changes nothing.
@@ -16,62 +18,62 @@ class RunTask(Message):
     spec: TaskSpec
 
 
-class CreateSandbox(Message):
+class CreateSandbox(Message, frozen=True):
     """Make a sandbox that waits for `StartSandbox` → SandboxState, or Refused: an id that is taken is an error."""
 
     task: str
     spec: TaskSpec
 
 
-class StartSandbox(Message):
+class StartSandbox(Message, frozen=True):
     """Start a created sandbox → SandboxState."""
 
     task: str
 
 
-class StopSandbox(Message):
+class StopSandbox(Message, frozen=True):
     """SIGTERM to all, SIGKILL after the grace period or at once with `force` → SandboxState.
 
     `cause`: "cancelled" or "timeout"; the first one said counts.
     """
 
     task: str
-    cause: str = "cancelled"
+    cause: Literal["cancelled", "timeout"] = "cancelled"
     force: bool = False
 
 
-class DeleteSandbox(Message):
+class DeleteSandbox(Message, frozen=True):
     """Give back all that an ended sandbox had; with `force` a running one is killed first → SandboxState."""
 
     task: str
     force: bool = False
 
 
-class GetSandbox(Message):
+class GetSandbox(Message, frozen=True):
     """→ SandboxState; Refused when there is none."""
 
     task: str
 
 
-class ListSandboxes(Message):
+class ListSandboxes(Message, frozen=True):
     """→ SandboxList"""
 
 
-class Sink(Message):
+class Sink(Message, frozen=True):
     """Where lines go besides the journal: `console`, or `file` with a path."""
 
     kind: str
     path: str = ""
 
 
-class SetOutput(Message):
+class SetOutput(Message, frozen=True):
     """Choose the sinks of a sandbox that has not been started → SandboxState; Refused afterwards."""
 
     task: str
     sinks: list[Sink]
 
 
-class SandboxState(Message):
+class SandboxState(Message, frozen=True):
     """`status`: pending, creating, running, stopped or failed."""
 
     id: str
@@ -85,26 +87,26 @@ class SandboxState(Message):
     finished_at: str | None
 
 
-class SandboxList(Message):
+class SandboxList(Message, frozen=True):
     sandboxes: list[SandboxState]
 
 
 # --- told to the gateway -----------------------------------------------------------------------------------------------------
 
 
-class TaskChanged(Message):
+class TaskChanged(Message, frozen=True):
     """The result as it stands, not final."""
 
     result: TaskResult
 
 
-class TaskEnded(Message):
+class TaskEnded(Message, frozen=True):
     """The result, which is durable."""
 
     result: TaskResult
 
 
-class TaskReleased(Message):
+class TaskReleased(Message, frozen=True):
     """Everything that the task had is given back."""
 
     task: str
@@ -113,14 +115,14 @@ class TaskReleased(Message):
 # --- told to a sandbox -------------------------------------------------------------------------------------------------------
 
 
-class ReadFailed(Message):
+class ReadFailed(Message, frozen=True):
     """A read inside the task ended in EIO; the reason belongs in the task's record."""
 
     task: str
     reason: str
 
 
-class OutputGap(Message):
+class OutputGap(Message, frozen=True):
     """Output of the task is known to be missing, or may be."""
 
     task: str

@@ -27,6 +27,7 @@ from actors.gateway.messages import TaskResult
 from actors.sandbox import attempt as making
 from actors.sandbox import conmon
 from actors.sandbox.attempt import Attempt, held
+from actors.sandbox.ending import Cause
 from actors.sandbox.states import Fact, Phase
 from actors.services import Services
 
@@ -46,7 +47,7 @@ class Found:
     seen: list[Fact] = field(default_factory=list)
     started_at: float | None = None
     started_boot_s: float | None = None
-    stop_cause: str | None = None
+    stop_cause: Cause | None = None
     result: TaskResult | None = None
     error: str | None = None
     lost: bool = False

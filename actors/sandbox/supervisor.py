@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -103,7 +104,7 @@ class SandboxSupervisor(Supervisor):
 
         for name in names:
             task = name.removeprefix("sandbox ")
-            self.system.request(name, messages.GetSandbox(task), lambda answer, name=name: answered(name, answer))
+            self.system.request(name, messages.GetSandbox(task), partial(answered, name))
         if not names:
             reply.set(messages.SandboxList([]))
         return reply

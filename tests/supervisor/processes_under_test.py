@@ -11,15 +11,15 @@ from supervisor.channel import Channel, ChannelClosed
 from supervisor.frames import Codec, Message
 
 
-class Say(Message):
+class Say(Message, frozen=True):
     text: str
 
 
-class Crash(Message):
+class Crash(Message, frozen=True):
     pass
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     text: str
     pid: int
     descriptors: list[int]

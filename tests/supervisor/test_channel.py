@@ -12,7 +12,7 @@ from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Codec, FrameError, Message
 
 
-class Note(Message):
+class Note(Message, frozen=True):
     text: str
 
 

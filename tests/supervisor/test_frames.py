@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from supervisor.frames import LENGTH, Codec, FrameBuffer, FrameError, Message
 
 
-class Ping(Message):
+class Ping(Message, frozen=True):
     number: int
     text: str = ""
 
 
-class Pong(Message):
+class Pong(Message, frozen=True):
     body: bytes
 
 
-class Stranger(Message):
+class Stranger(Message, frozen=True):
     number: int
 
 
