@@ -47,6 +47,7 @@ control-groups:
 	rm -rf .venv
 	$(PYTHON3) -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check '.[dev]'
+	rm -rf build aerie.egg-info
 	touch $@
 
 run: setup

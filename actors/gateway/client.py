@@ -21,14 +21,13 @@ from actors.gateway.messages import (
     EXIT_NO_DAEMON,
     FRAME_BYTES_MAX,
     SOCKET_NAME,
-    Accepted,
     Answer,
     Failed,
     FailureKind,
-    Listed,
     MountImage,
     Progress,
     Request,
+    is_last,
 )
 from supervisor.frames import Codec, FrameBuffer, FrameError
 
@@ -36,7 +35,6 @@ ANSWER_TIMEOUT_S: Final = 30.0  # for a request that waits for nothing
 PATIENCE_S: Final = 60.0  # for a daemon that was there a moment ago
 STARTING_S: Final = 20.0  # for a gateway whose keeper is there
 KEEPER_SOCKET: Final = "keeper.sock"  # in the run directory; see supervisor.keeper
-NOT_LAST: Final = (Accepted, Progress, Listed)
 
 
 class ClientError(Exception):
@@ -121,7 +119,7 @@ class Client:
             if isinstance(answer, Failed):
                 raise RequestFailed(answer.kind, answer.error)
             yield answer
-            if not isinstance(answer, NOT_LAST):
+            if is_last(answer, request):
                 return
 
     def ask(
@@ -161,7 +159,7 @@ class Client:
             raise RequestFailed(answer.kind, answer.error)
         if answer.request not in self._open:
             return  # its last answer came twice: before a restart of the daemon, and after it
-        if not isinstance(answer, NOT_LAST):
+        if is_last(answer, self._open[answer.request]):
             del self._open[answer.request]
         self._unread.append(answer)
 

@@ -124,7 +124,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("task", metavar="TASK")
     add("tree", f"{reading}:tree", "show the daemon's supervisors, actors and processes")
     add("doctor", "actors.doctor:doctor", "try every part of this host that the daemon needs")
-    add("demo", "actors.demonstration:demo", "what `make run` shows, on a real image from a real registry", json=False)
+    demo = add("demo", "actors.demonstration:demo", "show the whole node at work, as `make run` does", json=False)
+    demo.add_argument(
+        "--dir", default="/var/tmp/aerie-demo", metavar="DIRECTORY", help="where everything of it lies (/var/tmp/aerie-demo)"
+    )
 
     images = commands.add_parser("image", help="list images; mount and unmount their roots").add_subparsers(
         metavar="COMMAND", required=True

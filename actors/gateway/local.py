@@ -17,10 +17,9 @@ from pathlib import Path
 
 from loguru import logger
 
-from actors.gateway.messages import FRAME_BYTES_MAX, REQUESTS, Accepted, Answer, Failed, Listed, Progress, Request
+from actors.gateway.messages import FRAME_BYTES_MAX, REQUESTS, Answer, Failed, Request, is_last
 from supervisor.frames import Codec, FrameBuffer, FrameError
 
-NOT_LAST = (Accepted, Progress, Listed)
 UNSENT_BYTES_MAX = 16 << 20  # answers that a client does not read
 
 
@@ -76,7 +75,7 @@ class LocalBridge:
             peer = self._clients.get(client)
             if peer is None or peer.closing:
                 return
-            if not isinstance(answer, NOT_LAST):
+            if is_last(answer, peer.open_requests.get(answer.request)):
                 peer.open_requests.pop(answer.request, None)
             peer.unsent += self._codec.frame(answer)
         self._wake_up()

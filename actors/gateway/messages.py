@@ -293,3 +293,10 @@ Answer = (
 ANSWERS: Final = (
     IsReady, Accepted, Progress, Ended, StillRunning, LogDirectory, Listed, TreeShown, Images, ImageMounted, Done, Failed,
 )  # fmt: skip
+
+
+def is_last(answer: Answer, request: Request | None) -> bool:
+    """Whether nothing follows `answer` to `request`."""
+    if isinstance(answer, Accepted):
+        return isinstance(request, Submit) and not request.wait
+    return not isinstance(answer, (Progress, Listed))

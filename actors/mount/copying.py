@@ -26,8 +26,8 @@ def copy_settled(source: int, target: int) -> os.stat_result:
     Holes stay holes, and the copy is on its way to the disk (a later fsync has less to wait for).  Raises FileChanged, OSError.
     """
     for _ in range(ATTEMPTS):
-        # A page that is mapped, dirty and writable is written to without the inode's times moving.  Written back it is write-protected
-        # again, and the next write to it moves them.  fsync(2) does that too, and waits for the disk besides.
+        # A page that is mapped, dirty and writable is written to without the inode's times moving.  Written back it is
+        # write-protected again, and the next write to it moves them.  fsync(2) does that too, and waits for the disk besides.
         _write_back(source, _WRITE_AND_WAIT)
         before = os.fstat(source)
         if not stat.S_ISREG(before.st_mode) or "trusted.overlay.metacopy" in os.listxattr(source):

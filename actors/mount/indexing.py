@@ -1,7 +1,7 @@
 """From a store's listing to what a task is mounted on: META, the object table, and small objects.
 
-A store that is listed again and has not changed gives the same files; the last of some stores are kept open and copied, which takes a
-tenth of the time.
+A store that is listed again and has not changed gives the same files; the last of some stores are kept open and copied, which
+takes a tenth of the time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _encode_source = msgspec.msgpack.Encoder().encode
 
 @dataclass(frozen=True)
 class Indexed:
-    """Entries listed; regular files that are not empty, the bytes of them, and how many are not in OBJECTS, as far as was looked; and
-    what is not in the snapshot, with the reasons.
+    """Entries listed; regular files that are not empty, the bytes of them, and how many are not in OBJECTS, as far as was
+    looked; and what is not in the snapshot, with the reasons.
     """
 
     entries: int
@@ -74,9 +74,9 @@ class Indexer:
     ) -> Indexed:
         """List `store`, which is made if it is missing, and write listing, META and table into the task's `directory`.
 
-        Files of at most 64 KiB are copied to OBJECTS on the way, for overlayfs binds an inode to the layer that has its object at first
-        open; at most `small_bytes_max` in all, and for no longer than `small_s`: what remains is read when it is wanted.
-        Raises OSError, TreeTooLarge.
+        Files of at most 64 KiB are copied to OBJECTS on the way, for overlayfs binds an inode to the layer that has its object
+        at first open; at most `small_bytes_max` in all, and for no longer than `small_s`: what remains is read when it is
+        wanted.  Raises OSError, TreeTooLarge.
         """
         root = open_store(store)
         try:

@@ -1,9 +1,9 @@
 """What the syncs of one task have done so far: a file `synced` in the task's directory, appended to.
 
-What is in the store is told from what others put there by its version, and a sync's own work is no exception: so before a batch of
-steps is carried out, its results are written down, durably (an *intent*: the version that a file will have is known, since it was
-written under a private name); and afterwards which of them were reached (*settled*).  A sync that finds an intent without that looks in
-the store: what it finds there as intended was its own work, the rest was not done.
+What is in the store is told from what others put there by its version, and a sync's own work is no exception: so before a batch
+of steps is carried out, its results are written down, durably (an *intent*: the version that a file will have is known, since
+it was written under a private name); and afterwards which of them were reached (*settled*).  A sync that finds an intent
+without that looks in the store: what it finds there as intended was its own work, the rest was not done.
 
     each frame    length, CRC-32 (4 bytes each, little-endian), msgpack of a Batch
 
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import msgspec
 
 from actors.mount.listing import Entry
-from actors.mount.merge import Conflict, Known
+from actors.mount.steps import Conflict, Known
 
 JOURNAL = "synced"
 _HEAD = struct.Struct("<II")
@@ -45,7 +45,7 @@ class Move(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """Work of a sync: intended, or `settled`.  `conflicts` (path, beside, reason) hold with the result at `beside`, if there is one."""
+    """Work, intended or `settled`.  `conflicts` (path, beside, reason) hold with the result at `beside`, if there is one."""
 
     settled: bool
     results: list[Result] = []
@@ -54,7 +54,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Journal:
-    """The journal in the task's directory, locked for one sync at a time: a second one of the same task waits.  Raises OSError."""
+    """The journal in the task's directory, locked: a second sync of the same task waits for the first.  Raises OSError."""
 
     def __init__(self, directory: str) -> None:
         self._file = os.open(os.path.join(directory, JOURNAL), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -98,13 +98,5 @@ def settle(known: Known, batch: Batch) -> None:
     for move in batch.moves:
         known.move(move.old, move.new)
     for result in batch.results:
-        _set(known.ours, result.path, result.wanted)
-        _set(known.theirs, result.where, result.reached)
+        known.settle(result.path, result.where, result.wanted, result.reached)
     known.conflicts.update((path, Conflict(path, beside, reason)) for path, beside, reason in batch.conflicts)
-
-
-def _set(view: dict[bytes, Entry], path: bytes, entry: Entry | None) -> None:
-    if entry is None:
-        view.pop(path, None)
-    else:
-        view[path] = entry

@@ -1,8 +1,8 @@
 """The store's listing: a directory walked once, and written down for the sync that will compare with it.
 
-A *path* is bytes, relative to the store, without a leading slash; the store itself is `b""`.  No symbolic link is followed and every
-name is used through a descriptor of its directory, so a store that changes during the walk yields a mixture of then and now, at
-worst, and never something outside of it.
+A *path* is bytes, relative to the store, without a leading slash; the store itself is `b""`.  No symbolic link is followed and
+every name is used through a descriptor of its directory, so a store that changes during the walk yields a mixture of then and
+now, at worst, and never something outside of it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class TreeTooLarge(Exception):
 class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a name stands for, in a listing, in a store, or in a workspace.
 
-    `mode` has the type bits, and never setuid or setgid.  `mtime_ns` and `content` are a regular file's, `target` a symbolic link's.
-    `content` names the bytes: (inode, size, mtime in ns) of the store's file that has them, its *version*; or, with `staged`,
-    (inode, size, ctime in ns) of the staged file.  Directories have no times here: whoever changes an entry changes them.
+    `mode` has the type bits, and never setuid or setgid.  `mtime_ns` and `content` are a regular file's, `target` a symbolic
+    link's.  `content` names the bytes: (inode, size, mtime in ns) of the store's file that has them, its *version*; or, with
+    `staged`, (inode, size, ctime in ns) of the staged file.  Directories have no times here: whoever changes an entry changes
+    them.
     """
 
     mode: int

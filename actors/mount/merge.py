@@ -1,8 +1,8 @@
 """The three-way merge: what was, what the task made of it, and what the store is now, become steps.  No I/O.
 
 *What was* is `Known`, two views of one moment: `ours`, the workspace as it was last dealt with (at first META's listing), and
-`theirs`, what the store had for it then.  A path at which the task's tree still is what `ours` says is left alone.  Every other one is
-decided by what it is now in the store, and `DECISIONS` is the whole of that:
+`theirs`, what the store had for it then.  A path at which the task's tree still is what `ours` says is left alone.  Every other
+one is decided by what it is now in the store, and `DECISIONS` is the whole of that:
 
                      the store still has      the store already has     the store has
                      what was                 what the task made        something else
@@ -10,10 +10,11 @@ decided by what it is now in the store, and `DECISIONS` is the whole of that:
     described        set mode and time        nothing                   keep theirs, conflict
     written          publish                  nothing                   publish beside it, conflict
 
-*Described* means same content, other mode or time.  *Written* is new content, a symbolic link, a directory, or the content of a file
-of META under another name.  Directories have no content: two of them are the same, and one goes only when everything in it goes;
-one in which others have put something stays, which is no conflict.  Where a directory is wanted and others have put something
-else, what the task put into it goes into a directory beside it.  A mode is the task's where the task changed it, otherwise the store's.
+*Described* means same content, other mode or time.  *Written* is new content, a symbolic link, a directory, or the content of a
+file of META under another name.  Directories have no content: two of them are the same, and one goes only when everything in it
+goes; one in which others have put something stays, which is no conflict.  Where a directory is wanted and others have put
+something else, what the task put into it goes into a directory beside it.  A mode is the task's where the task changed it,
+otherwise the store's.
 
 A directory that the task renamed, and in which nobody changed anything, is renamed as a whole before all this (`plan_move`).
 """
@@ -22,14 +23,12 @@ from __future__ import annotations
 
 import enum
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from actors.mount.listing import Entry, Version
 from actors.mount.staging import parent
-
-NAME_BYTES_MAX = 255
+from actors.mount.steps import Action, Conflict, Known, Plan, Step, View, conflict_name, is_directory, same_version
 
 
 class Ours(enum.Enum):
@@ -70,98 +69,6 @@ DECISIONS = {
 }
 
 
-class Action(enum.Enum):
-    """What a step does to the store."""
-
-    REMOVE = "remove"
-    MKDIR = "mkdir"
-    PUT = "put"  # the staged file at `of`
-    LINK = "link"  # the content of the store's file at `source`, if that still is `version`
-    SYMLINK = "symlink"
-    DESCRIBE = "describe"  # set mode and time
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One change of the store, at `where`, allowed while the store has `expected` there (None: nothing).
-
-    `of`: the workspace's path that it is done for; another one than `where` when the task's version goes beside.  `wanted`: what the
-    workspace has there; None for a removal.  `mode`: what is to be set, for the store may keep its own.
-    """
-
-    action: Action
-    where: bytes
-    of: bytes
-    wanted: Entry | None
-    expected: Entry | None
-    mode: int = 0
-    source: bytes = b""
-    version: Version | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """The task's change of `path` was not applied: its version is at `beside`, or, when that is empty, nowhere."""
-
-    path: bytes
-    beside: bytes
-    reason: str
-
-
-@dataclass
-class Known:
-    """What was.  `conflicts` by path.  `moves`: the directories renamed so far, (old, new), in that order."""
-
-    ours: dict[bytes, Entry]
-    theirs: dict[bytes, Entry]
-    conflicts: dict[bytes, Conflict] = field(default_factory=dict)
-    moves: list[tuple[bytes, bytes]] = field(default_factory=list)
-
-    @classmethod
-    def listed(cls, listing: Mapping[bytes, Entry]) -> Known:
-        return cls(dict(listing), dict(listing))
-
-    def move(self, old: bytes, new: bytes) -> None:
-        """The store's directory `old` was renamed to `new`."""
-        self.moves.append((old, new))
-        below = old + b"/"
-        for view in (self.ours, self.theirs):
-            for path in [path for path in view if path == old or path.startswith(below)]:
-                view[new + path[len(old) :]] = view.pop(path)
-
-    def present_path(self, listed: bytes) -> bytes:
-        """Where META's directory `listed` is after the moves."""
-        for old, new in self.moves:
-            if listed == old or listed.startswith(old + b"/"):
-                listed = new + listed[len(old) :]
-        return listed
-
-
-class View(Protocol):
-    """The store as it is now."""
-
-    def get(self, path: bytes) -> Entry | None:
-        """What is at `path`; None also when its directory is no directory."""
-
-    def children(self, path: bytes) -> Iterable[bytes]:
-        """The paths of all that is in the directory `path`; nothing when it is none."""
-
-    def same_content(self, path: bytes, of: bytes) -> bool:
-        """Whether the store's file at `path` has the bytes of the staged file at `of`."""
-
-
-@dataclass
-class Plan:
-    """`removals` go first, in their order; then `steps`, in theirs.  `settled`: the workspace's path and the store's, of what
-    needs nothing done but to be known as dealt with.
-    """
-
-    removals: list[Step] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    settled: list[tuple[bytes, bytes]] = field(default_factory=list)
-    conflicts: list[Conflict] = field(default_factory=list)
-
-
 def plan(known: Known, tree: Mapping[bytes, Entry], view: View, task: str, spares: Mapping[Version, bytes]) -> Plan:
     """What is to be done to make the store follow `tree`.
 
@@ -173,8 +80,8 @@ def plan(known: Known, tree: Mapping[bytes, Entry], view: View, task: str, spare
 def plan_while_running(whole: Plan, known: Known, tree: Mapping[bytes, Entry]) -> Plan:
     """The part of a plan that may be carried out while the task goes on.
 
-    The task may still read, from the store, what META lists and staging has only metadata of: nothing of that may be removed, renamed,
-    described or replaced yet.
+    The task may still read, from the store, what META lists and staging has only metadata of: nothing of that may be removed,
+    renamed, described or replaced yet.
     """
     needed = {
         entry.content for path, entry in tree.items() if not entry.staged and entry.content and known.ours.get(path) != entry
@@ -219,32 +126,6 @@ def plan_move(known: Known, tree: Mapping[bytes, Entry], view: View, old: bytes,
     return missing[::-1]
 
 
-def same_version(one: Entry | None, other: Entry | None) -> bool:
-    """Whether two entries of a store stand for the same; modes, and the times of directories and links, are not asked."""
-    if one is None or other is None:
-        return one is other
-    return stat.S_IFMT(one.mode) == stat.S_IFMT(other.mode) and (one.content, one.target) == (other.content, other.target)
-
-
-def described(entry: Entry, like: Entry) -> Entry:
-    """What the store's `entry` is when it has been given mode and time of `like`."""
-    if entry.content is None:
-        return Entry(like.mode, target=entry.target)
-    inode, size, _ = entry.content
-    return Entry(like.mode, like.mtime_ns, (inode, size, like.mtime_ns))
-
-
-def is_directory(entry: Entry | None) -> bool:
-    return entry is not None and stat.S_ISDIR(entry.mode)
-
-
-def conflict_name(path: bytes, task: str, number: int) -> bytes:
-    """`path` with `.aerie-conflict-TASK` behind it, and a number from the second on; the name is shortened where it must be."""
-    directory, slash, name = path.rpartition(b"/")
-    suffix = f".aerie-conflict-{task}{f'.{number}' if number > 1 else ''}".encode()
-    return directory + slash + name[: NAME_BYTES_MAX - len(suffix)] + suffix
-
-
 @dataclass
 class _Planner:
     known: Known
@@ -271,7 +152,7 @@ class _Planner:
         return self.plan
 
     def clear(self, path: bytes, wanted: Entry | None) -> None:
-        """Plan to remove what the store has at `path`, if the task removed it, or made of a directory something else, or the reverse."""
+        """Plan to remove what the store has at `path`, if the task removed it, or made it a directory or the reverse."""
         now = self.view.get(path)
         if wanted is not None and (now is None or is_directory(now) == is_directory(wanted)):
             return

@@ -1,4 +1,4 @@
-"""The syncer: one isolated process for the node.  It lists stores and syncs workspaces, some at once, and may be killed at any instant."""
+"""The syncer: one isolated process for the node.  It indexes stores and syncs workspaces, and may be killed at any instant."""
 
 from __future__ import annotations
 

@@ -2,18 +2,19 @@
 
 An overlay's upper directory, made with redirect_dir=on, metacopy=on, index=off, says in its own way what changed:
 
-    character device 0:0               the name below is hidden.  Several may be links of one inode.  Overlayfs also knows an empty
-      or trusted.overlay.whiteout      file with this attribute
+    character device 0:0               the name below is hidden.  Several may be links of one inode.  Overlayfs also knows an
+      or trusted.overlay.whiteout      empty file with this attribute
     trusted.overlay.opaque=y           a directory that hides all of the one below
     trusted.overlay.redirect           below this name is what META has at that path: absolute in META, or a name beside the one
                                        that would be below.  On a directory: it was renamed.  On a file: see the next
-    trusted.overlay.metacopy           a file of which only the metadata was copied; its content is META's (at redirect, if there is one:
-                                       renamed or linked).  Without this attribute a redirect on a file means nothing any more
+    trusted.overlay.metacopy           a file of which only the metadata was copied; its content is META's (at redirect, if
+                                       there is one: renamed or linked).  Without this attribute a redirect on a file means
+                                       nothing any more
     origin, impure, uuid, nlink        nothing to us
 
-(Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c.)  A task cannot write trusted attributes, nor see them.  It can give a
-file any name, and while it runs it can change everything under this walk: so each name is opened once, without following links and
-without waiting for a FIFO, and everything is asked of that descriptor.
+(Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c.)  A task cannot write trusted attributes, nor see them.  It can
+give a file any name, and while it runs it can change everything under this walk: so each name is opened once, without following
+links and without waiting for a FIFO, and everything is asked of that descriptor.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 class Staging:
     """What a staging directory says.
 
-    `tree`: the workspace by path, without the root: META's own entries where the task changed nothing.  `renamed`: directories that
-    have, below this path, what META has at that one.  `skipped`: what is there and is not synced, with the reason.
+    `tree`: the workspace by path, without the root: META's own entries where the task changed nothing.  `renamed`: directories
+    that have, below this path, what META has at that one.  `skipped`: what is there and is not synced, with the reason.
     """
 
     tree: dict[bytes, Entry]
@@ -202,7 +203,8 @@ def _follow(redirect: bytes, lower: bytes | None) -> bytes | None:
 
 def _attributes(opened: int) -> dict[str, bytes]:
     """The overlay's attributes of what is open, by O_PATH, at `opened`."""
-    path = f"/proc/self/fd/{opened}"  # fgetxattr(2) does not take O_PATH; this link leads to what is open, whatever its name is now
+    # fgetxattr(2) does not take O_PATH; this link leads to what is open, whatever its name is by now.
+    path = f"/proc/self/fd/{opened}"
     found = {}
     for name in os.listxattr(path):
         if name.startswith(_PREFIX):

@@ -2,7 +2,8 @@
 
 The order within a batch of steps is what makes it safe at any instant:
 
-    prepare     everything to be published lies, durable, under a private name; renamed files as links, so that no name of theirs is the last
+    prepare     everything to be published lies, durable, under a private name; renamed files as links, so that nothing
+                hangs on their old names
     intent      written to the journal, durable: what the store will have where
     carry out   under the store's lock: removals, from the leaves up; then the rest, from the root down
     settle      the names are durable; the journal says which steps were done
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,14 +23,16 @@ import msgspec
 from actors.mount import staging
 from actors.mount.journal import JOURNAL, Batch, Journal, Move, Result, settle
 from actors.mount.listing import Bounds, Entry, TreeTooLarge, read_listing
-from actors.mount.merge import Action, Conflict, Known, Plan, Step, plan, plan_move, plan_while_running
+from actors.mount.merge import plan, plan_move, plan_while_running
+from actors.mount.publish import Publisher
+from actors.mount.steps import Action, Conflict, Known, Plan, Step
 from actors.mount.store import Store
 
 UPPER = "upper"  # in the task's directory
 BATCH_STEPS_MAX = 256
 BATCH_BYTES_MAX = 64 << 20
 ROUNDS_MAX = 10
-MOVES_MAX = 500  # directories renamed as a whole; each costs a look at everything that is known
+MOVES_MAX = 1000  # directories renamed as a whole: each is looked at again for every later one
 
 SYNCED, CONFLICT, SYNC_FAILED = "synced", "conflict", "sync_failed"
 
@@ -46,29 +49,26 @@ class Outcome:
     written_bytes: int = 0
 
 
-def sync(store: str, directory: str, task: str, bounds: Bounds, running: bool = False) -> Outcome:
-    """Merge what is staged in the task's `directory` into the directory `store`.  Raises nothing that the outcome can say."""
-    outcome = Outcome()
-    try:
-        with closing(_Descriptor(os.path.join(directory, UPPER))) as upper:
-            if os.listdir(upper.number) or os.path.exists(os.path.join(directory, JOURNAL)):
-                with closing(Journal(directory)) as journal, closing(Store(store, task, upper.number)) as opened:
-                    _Sync(read_listing(directory), journal, opened, upper.number, task, bounds, running, outcome).run()
-    except (OSError, TreeTooLarge, NotSettling, msgspec.MsgspecError) as error:
-        outcome.outcome, outcome.error = SYNC_FAILED, str(error)
-    return outcome
-
-
 class NotSettling(Exception):
     """Store or staging changed again and again while it was being synced."""
 
 
-class _Descriptor:
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        os.close(self.number)
+def sync(store: str, directory: str, task: str, bounds: Bounds, running: bool = False) -> Outcome:
+    """Merge what is staged in the task's `directory` into the directory `store`.  Raises nothing that the outcome can say."""
+    outcome = Outcome()
+    try:
+        with ExitStack() as closing_all:
+            upper = os.open(os.path.join(directory, UPPER), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            closing_all.callback(os.close, upper)
+            if not os.listdir(upper) and not os.path.exists(os.path.join(directory, JOURNAL)):
+                return outcome
+            journal = closing_all.enter_context(closing(Journal(directory)))
+            opened = closing_all.enter_context(closing(Store(store, task, upper)))
+            publisher = closing_all.enter_context(closing(Publisher(opened, upper)))
+            _Sync(read_listing(directory), journal, opened, publisher, upper, task, bounds, running, outcome).run()
+    except (OSError, TreeTooLarge, NotSettling, msgspec.MsgspecError) as error:
+        outcome.outcome, outcome.error = SYNC_FAILED, str(error)
+    return outcome
 
 
 @dataclass
@@ -76,6 +76,7 @@ class _Sync:
     listing: dict[bytes, Entry]
     journal: Journal
     store: Store
+    publisher: Publisher
     upper: int
     task: str
     bounds: Bounds
@@ -143,24 +144,24 @@ class _Sync:
                 if inode is not None and plan_move(self.known, tree, self.store, old, new) == []:
                     intent = Batch(False, moves=[Move(old, new, inode)])
                     self.journal.append(intent)
-                    if self.store.move(old, new):
-                        self.store.sync_names()
+                    if self.publisher.move(old, new):
+                        self.publisher.sync_names()
                         self.settle(intent, [], intent.moves)
                     self.store.forget()
 
     def carry_out(self, steps: list[Step], conflicts: list[Conflict], going: set[bytes]) -> bool:
         """Do a batch of steps; False when some were left undone."""
-        attempts = [self.store.prepare(step, step.source in going) for step in steps]
+        attempts = [self.publisher.prepare(step, step.source in going) for step in steps]
         prepared = [ready for ready in attempts if ready is not None]
-        self.store.sync_prepared()
+        self.publisher.sync_prepared()
         results = [Result(ready.step.of, ready.step.where, ready.wanted, ready.reached) for ready in prepared]
         beside = [(conflict.path, conflict.beside, conflict.reason) for conflict in conflicts if conflict.beside]
         wheres = {step.where for step in steps}
         intent = Batch(False, results, conflicts=[conflict for conflict in beside if conflict[1] in wheres])
         self.journal.append(intent)
         with self.store.lock():
-            done = [result for ready, result in zip(prepared, results, strict=True) if self.store.carry_out(ready)]
-        self.store.sync_names()
+            done = [result for ready, result in zip(prepared, results, strict=True) if self.publisher.carry_out(ready)]
+        self.publisher.sync_names()
         self.settle(intent, done, [])
         for result in done:
             if result.wanted is not None and result.wanted.staged and result.wanted.content is not None:
@@ -180,7 +181,8 @@ class _Sync:
         paths = {conflict.path for conflict in kept}
         results = []
         for path, where in decided.settled:
-            # What a conflict was about stays what it was: were the store's version taken for known, a later change would overwrite it.
+            # What a conflict was about stays what it was: were the store's version taken for known, a later change would
+            # overwrite it.
             reached = self.known.theirs.get(where) if path in paths else self.store.get(where)
             results.append(Result(path, where, tree.get(path), reached))
         if results:
@@ -191,7 +193,7 @@ class _Sync:
 
 
 def _batches(decided: Plan) -> Iterator[list[Step]]:
-    """What makes and changes names, at once, for a renamed file must be linked before its old name goes; then the uploads, in portions."""
+    """All that changes names, for a renamed file must be linked before its old name goes; then the uploads, in portions."""
     structure = [*decided.removals, *(step for step in decided.steps if step.action is not Action.PUT)]
     if structure:
         yield structure

@@ -1,7 +1,7 @@
 """Messages between the mount supervisor and the syncer process.
 
-Jobs go one way, and each has one answer: `Indexed` or `Synced`, or `JobFailed` when it could not be done at all.  Jobs of a syncer that
-died are sent again to its successor; to do one twice is harmless.
+Jobs go one way, and each has one answer: `Indexed` or `Synced`, or `JobFailed` when it could not be done at all.  Jobs of a
+syncer that died are sent again to its successor; to do one twice is harmless.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from supervisor.frames import Codec, Message
 TEXT_BYTES_MAX = 32 << 10  # of all the paths in one answer
 
 
-class IndexWorkspace(Message):
+class IndexWorkspace(Message, frozen=True):
     """Make META, object table and listing of `store`, which is made if it is missing, in the task's `directory`.
 
     Small files are copied to `objects_dir`, at most `small_bytes_max` in all and for at most `small_s`.
@@ -27,7 +27,7 @@ class IndexWorkspace(Message):
     small_s: float = 1.0
 
 
-class Indexed(Message):
+class Indexed(Message, frozen=True):
     """`entries` are listed.  `objects`: files that are not empty, of `content_bytes`; `missing` of them are not in OBJECTS.
 
     `skipped`: what of the store is not in the snapshot, and why; cut at some thousand bytes, `skipped_count` is all of it.
@@ -42,7 +42,7 @@ class Indexed(Message):
     skipped_count: int
 
 
-class SyncWorkspace(Message):
+class SyncWorkspace(Message, frozen=True):
     """Merge the staging directory `directory`/upper, of a workspace indexed there, into `store`.
 
     `running`: the task goes on, and a sync after its end will follow; what it may still read from the store is left alone.
@@ -56,11 +56,12 @@ class SyncWorkspace(Message):
     bounds: Bounds = Bounds()
 
 
-class Synced(Message):
-    """The outcome: `synced`, `conflict`, or `sync_failed` with the reason in `error`; the task's directory then stays for another sync.
+class Synced(Message, frozen=True):
+    """The outcome: `synced`, `conflict`, or `sync_failed` with the reason in `error`; the task's directory then stays for
+    another sync.
 
-    What is said to be in the store is durable.  `conflicts`: paths whose change was not applied, where the task's version went instead, and why;
-    `skipped`: what is never synced (devices, sockets...).  Both are cut as above.  `files`
+    What is said to be in the store is durable.  `conflicts`: paths whose change was not applied, where the task's version went
+    instead, and why; `skipped`: what is never synced (devices, sockets...).  Both are cut as above.  `files`
     and `written_bytes` were written by this job.
     """
 
@@ -75,14 +76,14 @@ class Synced(Message):
     written_bytes: int
 
 
-class JobFailed(Message):
+class JobFailed(Message, frozen=True):
     """The job could not be done; the text says why."""
 
     job: str
     error: str
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """Heartbeat, every second: jobs being done, and waiting to be."""
 
     running: int

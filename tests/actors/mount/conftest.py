@@ -27,7 +27,7 @@ TASK_ID = 1000
 OLD_NS = 1_000_000_000_000_000_000  # when the store's files were last written, long before the test
 
 
-def as_task(directory: Path, work: Callable[[], Any], uid: int = TASK_ID) -> None:
+def as_task(directory: Path, work: Callable[[], object], uid: int = TASK_ID) -> None:
     """Do `work` in a process of the task's user that is in `directory`, and fail if it fails."""
     pid = os.fork()
     if pid == 0:
@@ -39,7 +39,7 @@ def as_task(directory: Path, work: Callable[[], Any], uid: int = TASK_ID) -> Non
             os.umask(0o022)
             work()
             os._exit(0)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 (this process has no other way out)
             traceback.print_exc()
             os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0, "what the task did failed; its traceback is on stderr"
@@ -92,7 +92,7 @@ class Workspace:
         self.mount()
         return self
 
-    def run(self, work: Callable[[], Any], uid: int = TASK_ID) -> None:
+    def run(self, work: Callable[[], object], uid: int = TASK_ID) -> None:
         """Do `work` as the task, in its workspace."""
         as_task(self.root, work, uid)
 

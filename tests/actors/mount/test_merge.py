@@ -11,21 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.mount.listing import Entry, Version
-from actors.mount.merge import (
-    DECISIONS,
-    Action,
-    Conflict,
-    Known,
-    Ours,
-    Step,
-    Theirs,
-    conflict_name,
-    is_directory,
-    plan,
-    plan_move,
-    plan_while_running,
-)
+from actors.mount.merge import DECISIONS, Ours, Theirs, plan, plan_move, plan_while_running
 from actors.mount.staging import parent
+from actors.mount.steps import Action, Conflict, Known, Step, conflict_name, is_directory
 
 FILE, LINK, DIRECTORY = stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777, stat.S_IFDIR | 0o755
 
@@ -91,19 +79,12 @@ def merge(known: Known, ours: Tree, model: Model) -> list[Conflict]:
     links = {step: model.tree[step.source] for step in decided.steps if step.action is Action.LINK}
     seen = {where: model.get(where) for _, where in decided.settled}
     for step in [*decided.removals, *decided.steps]:
-        settle(known, step.of, step.where, step.wanted, model.carry_out(step, links))
+        known.settle(step.of, step.where, step.wanted, model.carry_out(step, links))
     undone = {conflict.path for conflict in decided.conflicts if not conflict.beside}
     for path, where in decided.settled:
-        settle(known, path, where, ours.get(path), known.theirs.get(where) if path in undone else seen[where])
+        known.settle(path, where, ours.get(path), known.theirs.get(where) if path in undone else seen[where])
     known.conflicts.update((conflict.path, conflict) for conflict in decided.conflicts)
     return decided.conflicts
-
-
-def settle(known: Known, path: bytes, where: bytes, ours: Entry | None, theirs: Entry | None) -> None:
-    for view, key, entry in ((known.ours, path, ours), (known.theirs, where, theirs)):
-        view.pop(key, None)
-        if entry is not None:
-            view[key] = entry
 
 
 def letters(tree: Tree) -> dict[bytes, object]:
@@ -265,7 +246,7 @@ def situations(draw: st.DrawFn) -> tuple[dict[bytes, Entry], dict[bytes, Entry],
     files = [entry for entry in base.values() if entry.content is not None]
     for path, entry in ours.items():
         if entry.content is not None and entry.content[0] >= 700:
-            moved = draw(st.sampled_from(files)) if files and draw(st.booleans()) else None
+            moved = draw(st.none() | st.sampled_from(files)) if files else None
             ours[path] = Entry(FILE, entry.mtime_ns, moved.content) if moved else Entry(FILE, 1, entry.content, staged=True)
     return base, ours, theirs
 
@@ -374,6 +355,10 @@ def test_a_directory_is_renamed_as_a_whole_only_when_nobody_else_is_touched() ->
     known.move(b"d", b"n/m")
     assert known.ours == known.theirs == {path: entry for path, entry in tree.items() if path != b"n"}
     assert (known.present_path(b"d/e"), known.present_path(b"dd")) == (b"n/m/e", b"dd")
+    known.move(b"n/m/e", b"o/e")
+    known.move(b"n/m", b"o/e/m")
+    assert set(known.ours) == {b"o", b"o/e", b"o/e/y", b"o/e/m", b"o/e/m/x"}
+    assert known.present_path(b"d/e/y") == b"o/e/y"
 
 
 def test_while_the_task_runs_what_it_may_still_read_stays() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from actors.mount import wire
+from actors.mount.listing import Bounds
 from actors.mount.process import serve
 from supervisor.channel import Channel, ChannelClosed
 from tests.actors.mount.conftest import Workspace, write
@@ -96,7 +97,7 @@ def test_jobs_that_cannot_be_done_say_why(workspace: Workspace, store: Path, tmp
         assert (failed.job, failed.outcome, "No such file" in failed.error) == ("2", "sync_failed", True)
         write(store / "d/a", "")
         channel.send(
-            wire.IndexWorkspace("3", str(store), str(workspace.directory), str(workspace.objects), wire.Bounds(entries_max=1))
+            wire.IndexWorkspace("3", str(store), str(workspace.directory), str(workspace.objects), Bounds(entries_max=1))
         )
         assert answer(channel) == wire.JobFailed("3", "the store has more than 1 entries")
 

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -227,7 +227,9 @@ def swapping(one: Path, other: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("of", ["directory", "fifo", "file"])
 def test_names_swapped_under_the_walk(workspace: Workspace, store: Path, tmp_path: Path, of: str) -> None:
-    """A directory, or a file, that is now this and now a symbolic link to a secret: nothing comes from beyond it, and nothing hangs."""
+    """A directory, or a file, that is now this and now a symbolic link to a secret: nothing comes from beyond it, and nothing
+    hangs.
+    """
     workspace.index()
     upper, outside = workspace.upper, tmp_path / "outside"
     (upper / "d").mkdir(parents=True)

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import random
-import signal
 import stat
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import FrameType
 
-import pytest
-
-from actors.mount.journal import Batch, Journal
-from actors.mount.listing import RESERVED, Bounds, Entry
-from actors.mount.merge import Action, Step
-from actors.mount.store import Store
+from actors.mount.listing import RESERVED, Bounds
 from actors.mount.sync import sync
 from tests.actors.mount.conftest import OLD_NS, TASK_ID, Workspace, contents, write
 
@@ -86,7 +76,14 @@ def test_what_a_task_did_is_in_the_store(workspace: Workspace, store: Path) -> N
 def test_again_finds_nothing_to_do(workspace: Workspace, store: Path) -> None:
     write(store / "a", "a")
     workspace.begin()
-    workspace.run(lambda: (Path("a").write_text("b"), Path("new").write_text("n"), os.mkdir("d"), os.symlink("x", "l")))
+
+    def task() -> None:
+        Path("a").write_text("b")
+        Path("new").write_text("n")
+        os.mkdir("d")
+        os.symlink("x", "l")
+
+    workspace.run(task)
     assert workspace.sync().files == 2
     before = {path: path.lstat().st_ino for path in store.rglob("*")}
     outcome = workspace.sync()
@@ -453,7 +450,12 @@ def test_a_conflict_stays_one(workspace: Workspace, store: Path) -> None:
     write(store / "removed", "old")
     write(store / "written", "old")
     workspace.begin()
-    workspace.run(lambda: (os.remove("removed"), Path("written").write_text("1")))
+
+    def task() -> None:
+        os.remove("removed")
+        Path("written").write_text("1")
+
+    workspace.run(task)
     for name in ("removed", "written"):
         write(store / name, "theirs", old=False)
     assert workspace.sync().outcome == "conflict"
@@ -492,31 +494,10 @@ def test_hard_links_in_the_store_are_files_of_their_own_to_a_task(workspace: Wor
     }
 
 
-def test_a_renamed_file_whose_old_name_stays_is_not_described_in_place(store: Path, tmp_path: Path) -> None:
-    """Its old name was to go, and did not: its inode is not this step's alone."""
-    write(store / "old", "x")
-    opened = Store(str(store), "t1", os.open(tmp_path, os.O_RDONLY))
-    entry = opened.look(b"old")
-    assert entry is not None
-    wanted = Entry(stat.S_IFREG | 0o600, 5, entry.content)
-    step = Step(Action.LINK, b"new", b"new", wanted, None, wanted.mode, b"old", entry.content)
-    prepared = opened.prepare(step, going=True)
-    assert prepared is not None
-    with opened.lock():
-        assert not opened.carry_out(prepared)
-    assert opened.look(b"old") == entry
-    assert opened.recover() == {entry.content: b".aerie-sync/t1/" + prepared.temporary}
-    (store / "old").unlink()
-    with opened.lock():
-        assert opened.carry_out(prepared)
-    assert opened.look(b"new") == prepared.reached
-    opened.clean()
-    opened.close()
-    assert list(store.iterdir()) == [store / "new"]
-
-
 def test_while_the_task_runs(workspace: Workspace, store: Path) -> None:
-    """What is written comes to the store; what the task may still read from there stays; and a sync knows its own work again."""
+    """What is written comes to the store; what the task may still read from there stays; and a sync knows its own work
+    again.
+    """
     for name in ("a", "b", "removed", "renamed"):
         write(store / name, name)
     write(store / "d/x", "x")
@@ -543,7 +524,13 @@ def test_while_the_task_runs(workspace: Workspace, store: Path) -> None:
             "renamed": b"renamed",
             "d/x": b"x",
         }
-    workspace.run(lambda: (Path("a").write_text("2"), os.remove("new"), Path("e/y").write_text("y")))
+
+    def second() -> None:
+        Path("a").write_text("2")
+        os.remove("new")
+        Path("e/y").write_text("y")
+
+    workspace.run(second)
     assert workspace.sync(running=True).outcome == "synced"
     assert (store / "a").read_text() == "2"
     write(store / "a", "theirs", old=False)
@@ -608,183 +595,3 @@ def test_a_full_disk(workspace: Workspace, store: Path, tmp_path: Path) -> None:
         assert sorted(workspace.tree()) == ["f0", "f1", "f2"]
     finally:
         os.system(f"umount {small}")
-
-
-def test_a_torn_journal_is_cut_off(tmp_path: Path) -> None:
-    journal = Journal(str(tmp_path))
-    journal.append(Batch(True, conflicts=[(b"a", b"b", "why")]))
-    journal.append(Batch(False))
-    journal.close()
-    whole = (tmp_path / "synced").read_bytes()
-    for length in range(len(whole)):
-        (tmp_path / "synced").write_bytes(whole[:length])
-        journal = Journal(str(tmp_path))
-        assert len(journal.batches) <= 1
-        journal.append(Batch(True))
-        journal.close()
-        journal = Journal(str(tmp_path))
-        assert journal.batches[-1] == Batch(True)
-        journal.close()
-
-
-def _change(seed: int) -> None:
-    """Some of everything, the same for the same seed."""
-    choose = random.Random(seed)
-    for number in range(60):
-        files = sorted(str(path) for path in Path(".").rglob("*") if path.is_file() and not path.is_symlink())
-        directories = sorted(str(path) for path in Path(".").rglob("*") if path.is_dir() and not path.is_symlink())
-        name = f"{choose.choice([*directories, '.'])}/n{seed}.{number}"
-        match choose.randrange(8):
-            case 0:
-                Path(name).write_bytes(choose.randbytes(choose.choice((0, 10, 9000))))
-            case 1:
-                Path(choose.choice(files)).write_bytes(choose.randbytes(50))
-            case 2:
-                os.remove(choose.choice(files))
-            case 3:
-                os.rename(choose.choice(files), name)
-            case 4:
-                moved = choose.choice(directories)
-                if not name.startswith(moved + "/"):
-                    os.rename(moved, name)
-            case 5:
-                os.mkdir(name)
-            case 6:
-                os.chmod(choose.choice(files), choose.choice((0o600, 0o755)))
-                os.utime(choose.choice(files), ns=(1, choose.randrange(10**18)))
-            case 7:
-                os.link(choose.choice(files), name)
-
-
-def _populate(store: Path) -> None:
-    for number in range(40):
-        write(store / f"d{number % 5}/e{number % 3}/f{number}", f"content {number}" * 20)
-
-
-def test_killed_at_any_instant(workspaces: Callable[[str], Workspace], store: Path) -> None:
-    """SIGKILL after ever longer times, and again, until one comes through: the same store as without, and no conflict."""
-    _populate(store)
-    kills = 0
-    for seed in range(6):
-        workspace = workspaces(f"k{seed}").begin()
-        workspace.run(partial(_change, seed))
-        wanted = contents(workspace.root)
-        delay_s = 0.0005
-        while True:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    outcome = workspace.sync()
-                    if outcome.outcome != "synced":
-                        print(outcome, file=sys.stderr, flush=True)  # for pytest to show
-                    os._exit(0 if outcome.outcome == "synced" else 1)
-                finally:
-                    os._exit(2)
-            time.sleep(delay_s)
-            delay_s += 0.0015
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-            if not os.WIFSIGNALED(status):
-                assert os.WEXITSTATUS(status) == 0
-                break
-            kills += 1
-        assert workspace.tree() == wanted
-        outcome = workspace.sync()
-        assert (outcome.outcome, outcome.conflicts, outcome.files) == ("synced", [], 0)
-        workspace.unmount()
-    assert kills > 20
-
-
-def _sync_until(workspace: Workspace, calls: int) -> bool:
-    """Sync in a process that kills itself before its `calls`-th call of anything in C or of the syncer's own; False when it came to its end."""
-    pid = os.fork()
-    if pid:
-        _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-        return os.WIFSIGNALED(status)
-    left = calls
-
-    def count(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal left
-        if event == "call" and frame.f_code.co_filename.endswith(("/store.py", "/copying.py", "/journal.py")):
-            left -= 1
-        elif event == "c_call" and getattr(argument, "__module__", "") in ("posix", "fcntl"):
-            left -= 1
-        if left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.setprofile(count)
-    outcome = workspace.sync()
-    sys.setprofile(None)
-    os._exit(outcome.outcome not in ("synced", "conflict"))
-
-
-def test_killed_before_any_call(tmp_path: Path, workspaces: Callable[[str], Workspace]) -> None:
-    """Once, at a place that moves on from try to try; then a sync to the end: always the same store and the same outcome."""
-
-    def task() -> None:
-        os.rename("swap/one", "swap/three")
-        os.rename("swap/two", "swap/one")
-        os.rename("swap/three", "swap/two")
-        os.rename("file", "renamed")
-        os.utime("renamed", ns=(5, 5))
-        os.link("renamed", "linked")
-        os.chmod("mode", 0o700)
-        os.mkdir("new")
-        os.rename("d", "new/d")
-        os.remove("new/d/1")
-        Path("new/d/3").write_text("3")
-        os.remove("kind")
-        os.mkdir("kind")
-        os.rename("late", "kind/file")
-        Path("conflict").write_text("ours")
-        os.link("conflict", "conflict 2")
-        os.symlink("x", "symlink")
-
-    def begin(name: str) -> Workspace:
-        workspace = workspaces(name)
-        workspace.store = tmp_path / f"{name}.store"
-        for path in ("swap/one", "swap/two", "file", "mode", "d/1", "d/2", "kind", "late", "conflict"):
-            write(workspace.store / path, path)
-        workspace.begin()
-        workspace.run(task)
-        workspace.unmount()
-        write(workspace.store / "conflict", "theirs", old=False)
-        workspace.task = "T"
-        return workspace
-
-    def result(workspace: Workspace) -> tuple[object, ...]:
-        outcome = workspace.sync()
-        return (
-            outcome.outcome,
-            outcome.error,
-            outcome.conflicts,
-            workspace.tree(),
-            (workspace.store / "renamed").stat().st_mtime_ns,
-        )
-
-    wanted = result(begin("w"))
-    assert wanted[0] == "conflict"
-    calls, killed = random.randrange(1, 8), True
-    while killed:
-        workspace = begin(f"k{calls}")
-        killed = _sync_until(workspace, calls)
-        assert result(workspace) == wanted, f"killed before call {calls}"
-        calls += 7
-    assert calls > 300
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_any_changes_arrive(workspace: Workspace, store: Path, seed: int) -> None:
-    _populate(store)
-    workspace.begin()
-    workspace.run(partial(_change, 100 + seed))
-    wanted = contents(workspace.root)
-    if seed % 2:
-        workspace.sync(running=True)
-        workspace.run(partial(_change, 200 + seed))
-        wanted = contents(workspace.root)
-    outcome = workspace.sync()
-    assert (outcome.outcome, outcome.conflicts, outcome.error) == ("synced", [], "")
-    assert workspace.tree() == wanted
-    assert not (store / os.fsdecode(RESERVED)).exists()

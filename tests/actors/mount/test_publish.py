@@ -1,0 +1,40 @@
+"""Single steps in a store, where a whole sync would not come to them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from actors.mount.listing import Entry
+from actors.mount.publish import Publisher
+from actors.mount.steps import Action, Step
+from actors.mount.store import Store
+from tests.actors.mount.conftest import write
+
+
+def test_a_renamed_file_whose_old_name_stays_is_not_described_in_place(store: Path, tmp_path: Path) -> None:
+    """Its old name was to go, and did not: its inode is not this step's alone."""
+    write(store / "old", "x")
+    upper = os.open(tmp_path, os.O_RDONLY)
+    opened = Store(str(store), "t1", upper)
+    publisher = Publisher(opened, upper)
+    entry = opened.look(b"old")
+    assert entry is not None
+    wanted = Entry(stat.S_IFREG | 0o600, 5, entry.content)
+    step = Step(Action.LINK, b"new", b"new", wanted, None, wanted.mode, b"old", entry.content)
+    prepared = publisher.prepare(step, going=True)
+    assert prepared is not None
+    with opened.lock():
+        assert not publisher.carry_out(prepared)
+    assert opened.look(b"old") == entry
+    assert opened.recover() == {entry.content: b".aerie-sync/t1/" + prepared.temporary}
+    (store / "old").unlink()
+    with opened.lock():
+        assert publisher.carry_out(prepared)
+    assert opened.look(b"new") == prepared.reached
+    opened.clean()
+    publisher.close()
+    opened.close()
+    os.close(upper)
+    assert list(store.iterdir()) == [store / "new"]

@@ -1,0 +1,179 @@
+"""Syncs of random work, and syncs that are killed: the store comes out the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from actors.mount.listing import RESERVED
+from tests.actors.mount.conftest import Workspace, contents, write
+
+
+def _change(seed: int) -> None:
+    """Some of everything, the same for the same seed."""
+    choose = random.Random(seed)
+    for number in range(60):
+        files = sorted(str(path) for path in Path(".").rglob("*") if path.is_file() and not path.is_symlink())
+        directories = sorted(str(path) for path in Path(".").rglob("*") if path.is_dir() and not path.is_symlink())
+        name = f"{choose.choice([*directories, '.'])}/n{seed}.{number}"
+        match choose.randrange(8):
+            case 0:
+                Path(name).write_bytes(choose.randbytes(choose.choice((0, 10, 9000))))
+            case 1:
+                Path(choose.choice(files)).write_bytes(choose.randbytes(50))
+            case 2:
+                os.remove(choose.choice(files))
+            case 3:
+                os.rename(choose.choice(files), name)
+            case 4:
+                moved = choose.choice(directories)
+                if not name.startswith(moved + "/"):
+                    os.rename(moved, name)
+            case 5:
+                os.mkdir(name)
+            case 6:
+                os.chmod(choose.choice(files), choose.choice((0o600, 0o755)))
+                os.utime(choose.choice(files), ns=(1, choose.randrange(10**18)))
+            case 7:
+                os.link(choose.choice(files), name)
+
+
+def _populate(store: Path) -> None:
+    for number in range(40):
+        write(store / f"d{number % 5}/e{number % 3}/f{number}", f"content {number}" * 20)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_changes_arrive(workspace: Workspace, store: Path, seed: int) -> None:
+    _populate(store)
+    workspace.begin()
+    workspace.run(partial(_change, 100 + seed))
+    wanted = contents(workspace.root)
+    if seed % 2:
+        workspace.sync(running=True)
+        workspace.run(partial(_change, 200 + seed))
+        wanted = contents(workspace.root)
+    outcome = workspace.sync()
+    assert (outcome.outcome, outcome.conflicts, outcome.error) == ("synced", [], "")
+    assert workspace.tree() == wanted
+    assert not (store / os.fsdecode(RESERVED)).exists()
+
+
+def test_killed_at_any_instant(workspaces: Callable[[str], Workspace], store: Path) -> None:
+    """SIGKILL after ever longer times, and again, until one comes through: the same store as without, and no conflict."""
+    _populate(store)
+    kills = 0
+    for seed in range(6):
+        workspace = workspaces(f"k{seed}").begin()
+        workspace.run(partial(_change, seed))
+        wanted = contents(workspace.root)
+        delay_s = 0.0005
+        while True:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    outcome = workspace.sync()
+                    if outcome.outcome != "synced":
+                        print(outcome, file=sys.stderr, flush=True)  # for pytest to show
+                    os._exit(0 if outcome.outcome == "synced" else 1)
+                finally:
+                    os._exit(2)
+            time.sleep(delay_s)
+            delay_s += 0.0015
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+            if not os.WIFSIGNALED(status):
+                assert os.WEXITSTATUS(status) == 0
+                break
+            kills += 1
+        assert workspace.tree() == wanted
+        outcome = workspace.sync()
+        assert (outcome.outcome, outcome.conflicts, outcome.files) == ("synced", [], 0)
+        workspace.unmount()
+    assert kills > 20
+
+
+def _sync_until(workspace: Workspace, calls: int) -> bool:
+    """Sync in a process that kills itself before its `calls`-th call into system or syncer; False when it came to its end."""
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFSIGNALED(status)
+    left = calls
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal left
+        ours = event == "call" and frame.f_code.co_filename.endswith(("/store.py", "/publish.py", "/copying.py", "/journal.py"))
+        left -= ours or (event == "c_call" and getattr(argument, "__module__", "") in ("posix", "fcntl"))
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+    outcome = workspace.sync()
+    sys.setprofile(None)
+    os._exit(outcome.outcome not in ("synced", "conflict"))
+
+
+def test_killed_before_any_call(tmp_path: Path, workspaces: Callable[[str], Workspace]) -> None:
+    """Once, at a place that moves on from try to try; then a sync to the end: always the same store and the same outcome."""
+
+    def task() -> None:
+        os.rename("swap/one", "swap/three")
+        os.rename("swap/two", "swap/one")
+        os.rename("swap/three", "swap/two")
+        os.rename("file", "renamed")
+        os.utime("renamed", ns=(5, 5))
+        os.link("renamed", "linked")
+        os.chmod("mode", 0o700)
+        os.mkdir("new")
+        os.rename("d", "new/d")
+        os.remove("new/d/1")
+        Path("new/d/3").write_text("3")
+        os.remove("kind")
+        os.mkdir("kind")
+        os.rename("late", "kind/file")
+        Path("conflict").write_text("ours")
+        os.link("conflict", "conflict 2")
+        os.symlink("x", "symlink")
+
+    def begin(name: str) -> Workspace:
+        workspace = workspaces(name)
+        workspace.store = tmp_path / f"{name}.store"
+        for path in ("swap/one", "swap/two", "file", "mode", "d/1", "d/2", "kind", "late", "conflict"):
+            write(workspace.store / path, path)
+        workspace.begin()
+        workspace.run(task)
+        workspace.unmount()
+        write(workspace.store / "conflict", "theirs", old=False)
+        workspace.task = "T"
+        return workspace
+
+    def result(workspace: Workspace) -> tuple[object, ...]:
+        outcome = workspace.sync()
+        return (
+            outcome.outcome,
+            outcome.error,
+            outcome.conflicts,
+            workspace.tree(),
+            (workspace.store / "renamed").stat().st_mtime_ns,
+        )
+
+    wanted = result(begin("w"))
+    assert wanted[0] == "conflict"
+    calls, killed = random.randrange(1, 8), True
+    while killed:
+        workspace = begin(f"k{calls}")
+        killed = _sync_until(workspace, calls)
+        assert result(workspace) == wanted, f"killed before call {calls}"
+        calls += 7
+    assert calls > 300

@@ -1,0 +1,49 @@
+"""One registry with one small image, and one daemon to a module; after each test nothing of its tasks may be left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.actors.image.images import RunningRegistry, directory, member, symlink, tar
+from tests.node.daemon import Daemon, running
+
+APPLETS = "sh echo cat sleep id pwd ls dd mkdir rm mv cp ln seq md5sum true false kill head tail wc env touch chmod stat find sync ip mknod df yes"
+
+
+def busybox_layer() -> bytes:
+    links = [symlink(f"bin/{name}", "busybox") for name in APPLETS.split()]
+    etc = [directory("etc"), member("etc/passwd", b"root:x:0:0::/:/bin/sh\n"), member("etc/data", bytes(range(256)) * 4000)]
+    folders = [directory(name) for name in ("bin", "proc", "sys", "dev", "tmp")]
+    return tar(*folders, member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755), *links, *etc)
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
+    running_registry = RunningRegistry(tmp_path_factory.mktemp("registry"))
+    yield running_registry
+    running_registry.stop()
+
+
+@pytest.fixture(scope="session")
+def image(registry: RunningRegistry) -> str:
+    repository = registry.repository("busybox")
+    repository.push(busybox_layer(), tag="1", process={"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "Cmd": ["/bin/sh"], "User": "root"})
+    return repository.reference("1")
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory, image: str) -> Iterator[Daemon]:
+    with running(tmp_path_factory.mktemp("node"), image) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "daemon" in request.fixturenames:
+        daemon: Daemon = request.getfixturevalue("daemon")
+        daemon.wait_released()
+        assert daemon.leavings() == []

@@ -1,0 +1,211 @@
+"""A real daemon for the tests, in directories of its own, and a look at what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from inotify_simple import INotify, flags
+
+from actors.gateway.client import Client
+from actors.gateway.messages import Ended, Submit, TaskResult, TaskSpec, Tree, TreeShown, Wait
+from actors.lazytree.mounts import mounts_below
+from actors.output.follower import Follower
+
+PROGRAM = Path(__file__).resolve().parents[2] / "run.py"
+PATIENCE_S = 60.0
+
+
+class Daemon:
+    """`run.py daemon` with its state below `home`; tasks run `image` unless they say otherwise."""
+
+    def __init__(self, home: Path, image: str, **settings: str) -> None:
+        self.state, self.run_dir, self.image = home / "state", home / "run", image
+        self.log = home / "daemon.log"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("AERIE_")},
+            "AERIE_STATE_DIR": str(self.state),
+            "AERIE_RUN_DIR": str(self.run_dir),
+            "AERIE_IMAGE_PREFETCH": "off",
+            **settings,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client: Client | None = None
+        self._count = 0
+
+    # --- its life ---
+
+    def start(self, *options: str) -> None:
+        """Start it, and wait until it takes tasks."""
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, PROGRAM, "daemon", *options], env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        waited = self.command("wait", "--timeout", "60s")
+        assert waited.returncode == 0, (waited, self.log.read_text()[-3000:])
+
+    def stop(self) -> int:
+        """SIGTERM → its exit code."""
+        assert self._process is not None
+        self.close_client()
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            for pid in self.processes():
+                os.kill(pid, signal.SIGKILL)
+            raise
+
+    def reap(self) -> int:
+        """The exit code of the process that `start` started last, which has ended."""
+        assert self._process is not None
+        return self._process.wait(PATIENCE_S)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    # --- as its users see it ---
+
+    def command(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+        """Run run.py."""
+        return subprocess.run(
+            [sys.executable, PROGRAM, *arguments], env=self.environment, capture_output=True, timeout=PATIENCE_S, check=False, **options
+        )
+
+    @property
+    def client(self) -> Client:
+        if self._client is None:
+            self._client = Client(self.run_dir)
+        return self._client
+
+    def close_client(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def spec(self, script: str | list[str], **changes: Any) -> TaskSpec:
+        command = ["/bin/sh", "-c", script] if isinstance(script, str) else script
+        fields: dict[str, Any] = {
+            "image": self.image,
+            "command": command,
+            "env": {},
+            "workspace": None,
+            "cpu_cores": 1.0,
+            "memory_bytes": 256 << 20,
+            "timeout_s": None,
+            "runtime": "crun",
+        }
+        return TaskSpec(**fields | changes)
+
+    def submit(self, script: str | list[str], task: str = "", **changes: Any) -> str:
+        """Submit a task, and do not wait for it → its id."""
+        if not task:
+            self._count += 1
+            task = f"task-{self._count}"
+        self.client.ask(Submit(self.client.number(), task, self.spec(script, **changes), wait=False))
+        return task
+
+    def result(self, task: str) -> TaskResult:
+        """Wait for a task's end."""
+        answer = self.client.ask(Wait(self.client.number(), task, None), timeout_s=PATIENCE_S)
+        assert isinstance(answer, Ended), answer
+        return answer.result
+
+    def run(self, script: str | list[str], **changes: Any) -> TaskResult:
+        return self.result(self.submit(script, **changes))
+
+    def logs(self, task: str) -> tuple[bytes, bytes]:
+        """What an ended task printed to stdout and stderr."""
+        follower = Follower(self.state / "tasks" / task / "output")
+        try:
+            chunks = follower.finish()
+        finally:
+            follower.close()
+        return tuple(b"".join(chunk.data for chunk in chunks if chunk.stream == stream) for stream in ("stdout", "stderr"))  # type: ignore[return-value]
+
+    def tree(self) -> dict[str, Any]:
+        answer = self.client.ask(Tree(self.client.number()))
+        assert isinstance(answer, TreeShown)
+        return dict(msgspec.to_builtins(answer.keeper))
+
+    def pid_of(self, name: str) -> int:
+        """The pid of one of its processes, by the name that `tree` shows."""
+        todo = [self.tree()]
+        while todo:
+            node = todo.pop()
+            if (node["kind"], node["name"]) == ("process", name):
+                return int(node["pid"])
+            todo += node["children"]
+        raise LookupError(name)
+
+    # --- what it leaves ---
+
+    def processes(self) -> set[int]:
+        """Every process on the host that has this daemon's state directory in its environment."""
+        mark = f"AERIE_STATE_DIR={self.state}".encode()
+        found = set()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                try:
+                    if mark in (entry / "environ").read_bytes().split(b"\0"):
+                        found.add(int(entry.name))
+                except OSError:
+                    pass
+        return found
+
+    def groups(self) -> list[Path]:
+        """Its control groups, in every hierarchy."""
+        name = f"aerie-{hashlib.sha256(str(self.state).encode()).hexdigest()[:8]}"
+        return [group for group in Path("/sys/fs/cgroup").glob(f"**/{name}/*") if group.is_dir()]
+
+    def wait_released(self) -> None:
+        """Wait until everything that tasks had is given back."""
+        directory = self.run_dir / "tasks"
+        with INotify() as changed:
+            changed.add_watch(str(directory), flags.DELETE)
+            while list(directory.iterdir()):
+                assert changed.read(timeout=int(PATIENCE_S * 1000)), f"left: {list(directory.iterdir())}\n{self.log.read_text()[-3000:]}"
+
+    def leavings(self) -> list[str]:
+        """What is left of tasks: mounts, directories, control groups, monitors.  For when no task runs."""
+        found = [f"mount {mount.target}" for mount in mounts_below(str(self.run_dir / "tasks"))]
+        found += [f"control group {group}" for group in self.groups()]
+        found += [f"directory {entry}" for entry in (self.run_dir / "tasks").iterdir()]
+        for task in (self.state / "tasks").iterdir():
+            found += [f"directory {entry}" for entry in task.iterdir() if entry.name != "output"]
+        for pid in self.processes():
+            try:
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+            except FileNotFoundError:
+                continue
+            if name in ("conmon", "crun", "runc"):
+                found.append(f"process {name} {pid}")
+        return found
+
+    def leavings_after_stop(self) -> list[str]:
+        """What is left of a daemon that has ended."""
+        found = [f"mount {mount.target}" for mount in mounts_below(str(self.state.parent))]
+        return self.leavings() + found + [f"process {pid}" for pid in self.processes()]
+
+
+@contextmanager
+def running(home: Path, image: str, **settings: str) -> Iterator[Daemon]:
+    """A daemon that is stopped at the end, and must leave nothing."""
+    daemon = Daemon(home, image, **settings)
+    daemon.start()
+    try:
+        yield daemon
+    finally:
+        code = daemon.stop()
+    assert code == 0, daemon.log.read_text()[-3000:]
+    assert daemon.leavings_after_stop() == []

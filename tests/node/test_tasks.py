@@ -1,0 +1,269 @@
+"""A task through the whole daemon: what it finds, how it ends, what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from actors.gateway.client import RequestFailed
+from actors.gateway.messages import Stop
+from tests.node.daemon import Daemon
+
+
+def out(daemon: Daemon, script: str, **changes: object) -> str:
+    task = daemon.submit(script, **changes)
+    result = daemon.result(task)
+    stdout, stderr = daemon.logs(task)
+    assert result.exit_code == 0, (result, stdout, stderr)
+    return stdout.decode()
+
+
+# --- what a task finds ---
+
+
+def test_both_streams_and_the_exit_code(daemon: Daemon) -> None:
+    task = daemon.submit("echo out; echo err >&2; printf partial; exit 3")
+    result = daemon.result(task)
+    assert (result.state, result.reason, result.exit_code, result.signal, result.error) == ("stopped", "exited", 3, None, None)
+    assert daemon.logs(task) == (b"out\npartial", b"err\n")
+
+
+def test_uid_directory_home_and_environment(daemon: Daemon) -> None:
+    printed = out(daemon, "id -u; id -g; pwd; echo $HOME $PATH $FROM_IMAGE $GIVEN; stat -c %u:%g .", env={"GIVEN": "a b"})
+    assert printed == "1000\n1000\n/workspace\n/workspace /bin yes a b\n1000:1000\n"
+
+
+def test_a_given_variable_wins_over_the_images(daemon: Daemon) -> None:
+    assert out(daemon, "echo $FROM_IMAGE", env={"FROM_IMAGE": "no"}) == "no\n"
+
+
+def test_content_of_the_image_is_exact(daemon: Daemon) -> None:
+    data = bytes(range(256)) * 4000
+    task = daemon.submit("cat /etc/data")
+    daemon.result(task)
+    assert daemon.logs(task)[0] == data
+
+
+def test_the_root_is_writable_and_each_task_has_its_own(daemon: Daemon) -> None:
+    assert out(daemon, "ls /tmp; echo x > /tmp/x; echo y > /dev/shm/y; cat /tmp/x /dev/shm/y") == "x\ny\n"
+    assert out(daemon, "ls /tmp") == ""
+
+
+def test_only_loopback_is_there_and_it_is_up(daemon: Daemon) -> None:
+    printed = out(daemon, "ip -o link; cat /etc/hosts")
+    assert "lo: <LOOPBACK,UP" in printed and printed.count("mtu") == 1
+    assert "127.0.0.1\tlocalhost" in printed
+
+
+def test_no_capability_no_device_no_way_to_the_hosts_settings(daemon: Daemon) -> None:
+    script = "cat /proc/self/status; mknod /tmp/d b 1 1 || echo no device; (echo 1 > /proc/sys/kernel/panic) 2>/dev/null || echo no write"
+    printed = out(daemon, script)
+    assert "CapBnd:\t0000000000000000" in printed and "NoNewPrivs:\t1" in printed and "Seccomp:\t2" in printed
+    assert "no device\n" in printed and "no write\n" in printed
+
+
+def test_the_daemons_descriptors_are_not_the_tasks(daemon: Daemon) -> None:
+    assert out(daemon, "ls /proc/self/fd").split() == ["0", "1", "2", "3"]  # the third is ls's own
+
+
+def test_stdin_is_at_its_end(daemon: Daemon) -> None:
+    assert out(daemon, "cat; echo done") == "done\n"
+
+
+# --- how a task ends ---
+
+
+def test_a_signal_is_not_an_exit_code(daemon: Daemon) -> None:
+    killed = daemon.run("sh -c 'kill -SEGV $$'; kill -KILL $$; true")
+    assert (killed.reason, killed.exit_code) == ("exited", 0)  # the first process of a PID namespace cannot kill itself
+    exited = daemon.run("exit 139")
+    assert (exited.reason, exited.exit_code, exited.signal) == ("exited", 139, None)
+
+
+def test_time_out(daemon: Daemon) -> None:
+    result = daemon.run("sleep 60", timeout_s=0.3)
+    assert (result.state, result.reason) == ("stopped", "timeout")
+    assert result.duration_s is not None and 0.3 <= result.duration_s < 5
+
+
+def test_stop_lets_a_task_that_listens_finish(daemon: Daemon) -> None:
+    task = daemon.submit("trap 'echo bye; exit 9' TERM; echo ready; while :; do sleep 0.05; done")
+    wait_for_output(daemon, task, b"ready\n")
+    result = stop(daemon, task)
+    assert (result.reason, result.exit_code) == ("cancelled", 9)
+    assert daemon.logs(task)[0] == b"ready\nbye\n"
+
+
+def test_stop_kills_at_once_where_nobody_would_hear_it(daemon: Daemon) -> None:
+    task = daemon.submit(["/bin/sleep", "300"])
+    wait_running(daemon, task)
+    began = time.monotonic()
+    assert stop(daemon, task).reason == "cancelled"
+    assert time.monotonic() - began < 5  # and not the grace period of 10 s
+
+
+def test_force_kills_who_does_not_want_to_end(daemon: Daemon) -> None:
+    task = daemon.submit("trap '' TERM; echo ready; while :; do sleep 0.05; done")
+    wait_for_output(daemon, task, b"ready\n")
+    result = stop(daemon, task, force=True)
+    assert (result.reason, result.signal) == ("cancelled", 9)
+
+
+def test_a_finished_task_can_be_stopped(daemon: Daemon) -> None:
+    task = daemon.submit("exit 4")
+    daemon.result(task)
+    assert stop(daemon, task).exit_code == 4
+
+
+def test_out_of_memory(daemon: Daemon) -> None:
+    result = daemon.run("tail /dev/zero", memory_bytes=32 << 20)
+    assert (result.state, result.reason) == ("stopped", "oom")
+    assert result.error is not None and "--memory" in result.error
+
+
+def test_pids_are_limited(daemon: Daemon) -> None:
+    result = daemon.run("i=0; while [ $i -lt 1100 ]; do sleep 5 & i=$((i+1)); done 2>/dev/null; echo made $i", timeout_s=20)
+    assert result.exit_code != 0 or result.reason != "exited"
+
+
+# --- ids ---
+
+
+def test_the_same_id_with_the_same_content_is_the_same_task(daemon: Daemon) -> None:
+    assert daemon.submit("exit 6", task="same") == daemon.submit("exit 6", task="same")
+    assert daemon.result("same").exit_code == 6
+    daemon.submit("exit 6", task="same")
+
+
+def test_the_same_id_with_other_content_is_refused(daemon: Daemon) -> None:
+    daemon.submit("exit 1", task="other")
+    with pytest.raises(RequestFailed, match="exists already"):
+        daemon.submit("exit 2", task="other")
+    daemon.result("other")
+
+
+# --- workspaces ---
+
+
+def test_a_workspace_comes_back(daemon: Daemon) -> None:
+    result = daemon.run("mkdir d; echo kept > d/file; ln -s d/file link; chmod 750 d", workspace="back")
+    assert result.sync == "synced"
+    store = daemon.state / "workspaces" / "back"
+    assert (store / "d/file").read_text() == "kept\n" and os.readlink(store / "link") == "d/file"
+    assert out(daemon, "cat link; rm link; mv d e; echo more >> e/file", workspace="back") == "kept\n"
+    assert (store / "e/file").read_text() == "kept\nmore\n" and not (store / "d").exists() and not (store / "link").is_symlink()
+
+
+def test_what_a_task_writes_without_a_workspace_is_thrown_away(daemon: Daemon) -> None:
+    result = daemon.run("echo x > file")
+    daemon.wait_released()
+    assert result.sync == "none" and not (daemon.state / "tasks" / result.task / "workspace").exists()
+
+
+def test_a_large_file_of_the_store_is_not_read_at_mount(daemon: Daemon) -> None:
+    store = daemon.state / "workspaces" / "large"
+    store.mkdir()
+    with open(store / "file", "wb") as file:
+        file.truncate(1 << 30)
+        file.seek(512 << 20)
+        file.write(b"in the middle")
+    os.chown(store, 1000, 1000)
+    before = used_bytes(daemon)
+    assert out(daemon, "dd if=file bs=1M skip=512 count=1 2>/dev/null | head -c 13", workspace="large") == "in the middle"
+    assert used_bytes(daemon) - before < 16 << 20
+
+
+def used_bytes(daemon: Daemon) -> int:
+    found = os.statvfs(daemon.state)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def test_two_tasks_on_one_workspace_do_not_overwrite_each_other(daemon: Daemon) -> None:
+    daemon.run("echo base > file", workspace="shared")
+    first = daemon.submit("echo first > file; echo ready; sleep 1", workspace="shared")
+    wait_for_output(daemon, first, b"ready\n")
+    assert daemon.run("cat file; echo second > file", workspace="shared").sync == "synced"
+    late = daemon.result(first)
+    assert late.sync == "conflict" and late.conflicts
+    store = daemon.state / "workspaces" / "shared"
+    assert (store / "file").read_text() == "second\n"
+    assert [path.read_text() for path in store.glob("file.aerie-conflict-*")] == ["first\n"]
+
+
+# --- many at once ---
+
+
+def test_fifty_at_once_each_with_its_own_result(daemon: Daemon) -> None:
+    tasks = [daemon.submit(f"echo {number}; exit {number}", task=f"many-{number}") for number in range(50)]
+    assert [daemon.result(task).exit_code for task in tasks] == list(range(50))
+    assert [daemon.logs(task)[0] for task in tasks] == [b"%d\n" % number for number in range(50)]
+
+
+def test_batch_answers_each_line_as_soon_as_it_is_there(daemon: Daemon) -> None:
+    lines = [{"image": daemon.image, "command": ["/bin/sh", "-c", f"exit {number}"], "id": f"line-{number}"} for number in range(8)]
+    done = daemon.command("batch", "--parallel", "4", "-", input="".join(json.dumps(line) + "\n" for line in lines).encode())
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {answer["task"]: answer["exit_code"] for answer in answers} == {f"line-{number}": number for number in range(8)}
+
+
+def test_ten_thousand_lines_of_both_streams_are_whole_and_in_order(daemon: Daemon) -> None:
+    task = daemon.submit("i=0; while [ $i -lt 10000 ]; do i=$((i+1)); echo out $i; echo err $i >&2; done")
+    assert daemon.result(task).exit_code == 0
+    stdout, stderr = daemon.logs(task)
+    assert stdout.decode().splitlines() == [f"out {number}" for number in range(1, 10001)]
+    assert stderr.decode().splitlines() == [f"err {number}" for number in range(1, 10001)]
+
+
+def test_logs_follow_a_running_task_to_its_end(daemon: Daemon) -> None:
+    task = daemon.submit("echo one; sleep 0.5; echo two; exit 0")
+    followed = daemon.command("logs", "-f", task)
+    assert (followed.stdout, followed.returncode) == (b"one\ntwo\n", 0)
+
+
+# --- images ---
+
+
+def test_image_mount_is_read_only_and_given_back(daemon: Daemon) -> None:
+    mounted = json.loads(daemon.command("image", "mount", "--json", daemon.image).stdout)
+    path = Path(mounted["path"])
+    assert (path / "etc/passwd").read_text().startswith("root:")
+    with pytest.raises(OSError, match="Read-only"):
+        (path / "new").write_text("x")
+    assert daemon.command("image", "unmount", mounted["lease"]).returncode == 0
+    assert not path.exists()
+    assert daemon.command("image", "unmount", mounted["lease"]).returncode == 4
+
+
+def stop(daemon: Daemon, task: str, force: bool = False):  # type: ignore[no-untyped-def]
+    return daemon.client.ask(Stop(daemon.client.number(), task, force), timeout_s=30).result  # type: ignore[union-attr]
+
+
+def wait_for_output(daemon: Daemon, task: str, text: bytes) -> None:
+    """Wait until a running task has printed `text`."""
+    from actors.output.follower import Follower
+
+    follower = Follower(daemon.state / "tasks" / task / "output") if (daemon.state / "tasks" / task / "output").exists() else None
+    deadline = time.monotonic() + 30
+    seen = b""
+    while text not in seen:
+        assert time.monotonic() < deadline, seen
+        if follower is None:
+            threading.Event().wait(0.01)  # the directory is made with the container
+            if (daemon.state / "tasks" / task / "output").exists():
+                follower = Follower(daemon.state / "tasks" / task / "output")
+            continue
+        seen += b"".join(chunk.data for chunk in follower.read())
+        if text not in seen:
+            follower.wait(1.0)
+    assert follower is not None
+    follower.close()
+
+
+def wait_running(daemon: Daemon, task: str) -> None:
+    while daemon.command("result", "--json", task).stdout.find(b'"running"') < 0:
+        pass
