@@ -126,9 +126,11 @@ class Worker:
         if self.process is not None:
             self.process.signal(signal.SIGKILL)
 
-    def let_go(self) -> None:
-        """Watch the process no longer and leave it as it is: for an actor that ends while the process goes on."""
+    def let_go(self, alive: bool = False) -> None:
+        """Have done with the process, for an actor that ends: it is killed, for its work is asked for again; or left `alive`."""
         if self.process is not None:
+            if not alive:
+                self.kill()
             self._forget(self.process)
             self.process = None
 

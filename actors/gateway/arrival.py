@@ -16,14 +16,28 @@ def watch_nearest(directory: Path) -> INotify:
     Where it is missing, the nearest directory above it is watched: after an event one has to look, and to watch again.
     Close it after use.
     """
-    inotify = INotify(nonblocking=True)
-    try:
-        while True:
-            try:
-                inotify.add_watch(os.fspath(directory), _SIGNS)
-                return inotify
-            except (FileNotFoundError, NotADirectoryError):
-                directory = directory.parent
-    except BaseException:
+    while True:
+        inotify = INotify(nonblocking=True)
+        try:
+            watched = _watch_nearest(inotify, directory)
+        except BaseException:
+            inotify.close()
+            raise
+        # What lies below may have been made between the look for it and the watch above it, and would then say nothing.
+        if watched == directory or not _below(watched, directory).is_dir():
+            return inotify
         inotify.close()
-        raise
+
+
+def _watch_nearest(inotify: INotify, directory: Path) -> Path:
+    while True:
+        try:
+            inotify.add_watch(os.fspath(directory), _SIGNS)
+            return directory
+        except (FileNotFoundError, NotADirectoryError):
+            directory = directory.parent
+
+
+def _below(above: Path, directory: Path) -> Path:
+    """The next one on the way from `above` to `directory`."""
+    return above / directory.relative_to(above).parts[0]

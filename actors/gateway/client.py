@@ -78,6 +78,12 @@ class Client:
     def close(self) -> None:
         self._socket.close()
 
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
     def number(self) -> int:
         """A number for the next request."""
         self._last_number += 1

@@ -121,7 +121,7 @@ class ImageActor(Actor):
 
     def on_end(self, reason: object) -> None:
         for preparing in self._preparing.values():
-            preparing.worker.let_go()  # its channel is closed, and it ends
+            preparing.worker.let_go()
 
     def on_message(self, message: Any) -> Any:
         match message:

@@ -92,7 +92,7 @@ class MountActor(Actor):
             self._find_server()
 
     def on_end(self, reason: object) -> None:
-        self._server.let_go()
+        self._server.let_go(alive=True)
 
     def on_message(self, message: Any) -> Any:
         match message:
@@ -345,7 +345,7 @@ def unmount_tree(services: Services, task: str, keep_staging: bool) -> None:
     layout = services.layout.task(task)
     for target in (layout.workspace, layout.workspace_meta, layout.workspace_lazy):
         mounts.unmount(str(target), lazily=True)
-    layout.remove_mount_points(layout.workspace, layout.workspace_meta, layout.workspace_lazy)
     if not keep_staging:
         shutil.rmtree(layout.workspace_home, ignore_errors=True)
+    layout.remove_mount_points(layout.workspace, layout.workspace_meta, layout.workspace_lazy)
 

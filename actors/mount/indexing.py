@@ -13,16 +13,16 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 
 import msgspec
 
 from actors.lazytree import erofs
 from actors.lazytree.objects import Objects
-from actors.lazytree.table import Row, write_table
+from actors.lazytree.table import ObjectTable, Row, write_table
 from actors.mount.listing import TASK_GID, TASK_UID, Bounds, Found, Listing, list_store, open_beneath, open_store, write_listing
 from actors.mount.source import StoredFile
-from actors.mount.staging import parent
 
 META, TABLE = "meta.erofs", "table"  # in the task's directory
 SMALL_BYTES_MAX = 64 << 10
@@ -34,8 +34,8 @@ _encode_source = msgspec.msgpack.Encoder().encode
 
 @dataclass(frozen=True)
 class Indexed:
-    """Entries listed; regular files that are not empty, the bytes of them, and how many are not in OBJECTS, as far as was
-    looked; and what is not in the snapshot, with the reasons.
+    """Entries listed; regular files that are not empty, the bytes of them, and how many of them may not be in OBJECTS; and what
+    is not in the snapshot, with the reasons.
     """
 
     entries: int
@@ -46,15 +46,23 @@ class Indexed:
 
 
 class _Files:
-    """A META and a table without names, open for as long as somebody has this object; `indexed` says what they are of."""
+    """META and table of a listing, without names, open for as long as somebody has this object.
 
-    __slots__ = ("digest", "indexed", "meta", "table")
+    `looked_at`: of how many of the table's rows, from the first on, it is known whether OBJECTS has them; `there`: has it.
+    """
 
-    def __init__(self, digest: bytes, indexed: Indexed, directory: str) -> None:
-        self.digest, self.indexed = digest, indexed
+    def __init__(self, listing: Listing, digest: bytes, identity: bytes, directory: str) -> None:
+        self.digest = digest
+        self.filling = threading.Lock()
+        self.looked_at = self.there = 0
         self.meta = self.table = -1
         self.meta = os.open(directory, _NAMELESS, 0o600)  # on the disk where the copies will be
         self.table = os.open(directory, _NAMELESS, 0o600)
+        tree, rows = _tree(listing, identity)
+        with open(self.meta, "wb", closefd=False) as meta, open(self.table, "wb", closefd=False) as table:
+            erofs.write(tree, meta)
+            write_table(table, rows)
+        self.objects, self.content_bytes = len(rows), sum(row.size_bytes for row in rows)
 
     def __del__(self) -> None:
         for descriptor in (self.meta, self.table):
@@ -74,9 +82,9 @@ class Indexer:
     ) -> Indexed:
         """List `store`, which is made if it is missing, and write listing, META and table into the task's `directory`.
 
-        Files of at most 64 KiB are copied to OBJECTS on the way, for overlayfs binds an inode to the layer that has its object
-        at first open; at most `small_bytes_max` in all, and for no longer than `small_s`: what remains is read when it is
-        wanted.  Raises OSError, TreeTooLarge.
+        Files of at most 64 KiB are copied to OBJECTS, for overlayfs binds an inode to the layer that has its object at first
+        open; at most `small_bytes_max` in all, and for no longer than `small_s`: what remains is read when it is wanted, and the
+        next time goes on from there.  Raises OSError, TreeTooLarge.
         """
         root = open_store(store)
         try:
@@ -84,21 +92,30 @@ class Indexer:
             entries = listing.encode()
             identity = f"{os.fstat(root).st_dev}:{listing.root.inode}:{store}".encode()
             digest = hashlib.sha256(identity + msgspec.msgpack.encode(listing.root) + entries).digest()
-            with self._lock:
-                files = self._kept.get(identity)
-                if files is not None:
-                    self._kept.move_to_end(identity)
-            if files is None or files.digest != digest:
-                build = _Build(root, identity, objects, small_bytes_max, time.monotonic() + small_s)
-                files = build.files(listing, digest, directory)
-                if not build.small_missing:
-                    self._keep(identity, files)
+            files = self._kept_files(identity, digest)
+            if files is None:
+                files = _Files(listing, digest, identity, directory)
+                self._keep(identity, files)
+            if files.filling.acquire(blocking=False):  # another task's listing of this store may be at it
+                try:
+                    _fill(root, files, objects, small_bytes_max, time.monotonic() + small_s)
+                finally:
+                    files.filling.release()
         finally:
             os.close(root)
         write_listing(directory, entries)
         _copy(files.table, os.path.join(directory, TABLE))
         _copy(files.meta, os.path.join(directory, META))  # the last: whoever finds it finds the others too
-        return files.indexed
+        missing = files.objects - files.there
+        return Indexed(len(listing.entries), files.objects, files.content_bytes, missing, listing.skipped)
+
+    def _kept_files(self, identity: bytes, digest: bytes) -> _Files | None:
+        with self._lock:
+            files = self._kept.get(identity)
+            if files is None or files.digest != digest:
+                return None
+            self._kept.move_to_end(identity)
+            return files
 
     def _keep(self, identity: bytes, files: _Files) -> None:
         with self._lock:
@@ -106,6 +123,76 @@ class Indexer:
             self._kept.move_to_end(identity)
             if len(self._kept) > KEPT_MAX:
                 self._kept.popitem(last=False)  # closed when nobody copies from it any more
+
+
+def _tree(listing: Listing, identity: bytes) -> tuple[erofs.Node, list[Row]]:
+    """META's tree, and the rows of its objects."""
+    root = _node(listing.root)
+    directories, rows = {b"": root}, []
+    for found in listing.entries:
+        node = _node(found)
+        if node.children is not None:
+            directories[found.path] = node
+        elif found.size and stat.S_ISREG(found.mode):
+            # The change time too: the object of a file that was rewritten and given its old time again is another one.
+            version = f"{found.inode}:{found.size}:{found.mtime_ns}:{found.ctime_ns}".encode()
+            node.size, node.key = found.size, hashlib.sha256(b"%s\0%s\0%s" % (identity, version, found.path)).hexdigest()
+            source = StoredFile(found.path, found.inode, found.size, found.mtime_ns)
+            rows.append(Row(node.key, found.size, _encode_source(source)))
+        directory, _, name = found.path.rpartition(b"/")
+        children = directories[directory].children
+        assert children is not None
+        children[name] = node
+    return root, rows
+
+
+def _node(found: Found) -> erofs.Node:
+    node = erofs.Node(found.mode, TASK_UID, TASK_GID, found.mtime_ns, target=found.target)
+    if stat.S_ISDIR(found.mode):
+        node.children = {}
+    return node
+
+
+def _fill(root: int, files: _Files, objects: Objects, small_bytes_max: int, until_s: float) -> None:
+    """Look on, from where it was left off, for objects that are missing, and copy the small ones."""
+    if files.looked_at == files.objects:
+        return
+    with closing(ObjectTable(f"/proc/self/fd/{files.table}")) as table:
+        for index in range(files.looked_at, files.objects):
+            row = table.row(index)
+            there = objects.has(row.key)
+            if not there and row.size_bytes <= SMALL_BYTES_MAX:
+                small_bytes_max -= row.size_bytes
+                if small_bytes_max < 0 or time.monotonic() >= until_s:
+                    return
+                there = _fill_one(root, row, objects)
+            files.looked_at, files.there = index + 1, files.there + there
+
+
+def _fill_one(root: int, row: Row, objects: Objects) -> bool:
+    """Copy a small file to OBJECTS, if it still is, and stays, the version that was listed."""
+    stored = msgspec.msgpack.decode(row.source, type=StoredFile)
+    try:
+        file = open_beneath(root, stored.path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            raise
+        return False  # it went
+    try:
+        before = os.fstat(file)
+        content = os.read(file, stored.size + 1)
+        after = os.fstat(file)
+    finally:
+        os.close(file)
+    listed = (stored.inode, stored.size, stored.mtime_ns)
+    if (after.st_ino, after.st_size, after.st_mtime_ns) != listed or before.st_ctime_ns != after.st_ctime_ns:
+        return False
+    if len(content) != stored.size:
+        return False
+    with objects.create() as copy:
+        copy.write(content)
+        objects.publish(copy, row.key)
+    return True
 
 
 def _copy(source: int, path: str) -> None:
@@ -116,83 +203,3 @@ def _copy(source: int, path: str) -> None:
         while done < size:
             done += os.copy_file_range(source, file.fileno(), size - done, done, done)
     os.rename(f"{path}.new", path)
-
-
-@dataclass
-class _Build:
-    root: int
-    identity: bytes
-    objects: Objects
-    small_bytes_left: int
-    small_until_s: float
-    rows: list[Row] = field(default_factory=list)
-    content_bytes: int = 0
-    missing: int = 0
-    small_missing: int = 0
-
-    def files(self, listing: Listing, digest: bytes, directory: str) -> _Files:
-        tree = self.tree(listing)
-        indexed = Indexed(len(listing.entries), len(self.rows), self.content_bytes, self.missing, listing.skipped)
-        files = _Files(digest, indexed, directory)
-        with open(files.meta, "wb", closefd=False) as meta, open(files.table, "wb", closefd=False) as table:
-            erofs.write(tree, meta)
-            write_table(table, self.rows)
-        return files
-
-    def tree(self, listing: Listing) -> erofs.Node:
-        root = _node(listing.root)
-        directories = {b"": root}
-        for found in listing.entries:
-            node = _node(found)
-            if found.size and stat.S_ISREG(found.mode):
-                node.size, node.key = found.size, self.object(found)
-            elif node.children is not None:
-                directories[found.path] = node
-            children = directories[parent(found.path)].children
-            assert children is not None
-            children[found.path.rpartition(b"/")[2]] = node
-        return root
-
-    def object(self, found: Found) -> str:
-        """The key of a file's object, which gets a row in the table."""
-        # The change time too: the object of a file that was rewritten and given its old time again is another one.
-        version = f"{found.inode}:{found.size}:{found.mtime_ns}:{found.ctime_ns}".encode()
-        key = hashlib.sha256(b"%s\0%s\0%s" % (self.identity, version, found.path)).hexdigest()
-        self.rows.append(Row(key, found.size, _encode_source(StoredFile(found.path, found.inode, found.size, found.mtime_ns))))
-        self.content_bytes += found.size
-        if not self.objects.has(key) and not self.fill(found, key):
-            self.missing += 1
-            self.small_missing += found.size <= SMALL_BYTES_MAX
-        return key
-
-    def fill(self, found: Found, key: str) -> bool:
-        """Copy a small file to OBJECTS, if it still is, and stays, the version that was listed."""
-        if found.size > min(SMALL_BYTES_MAX, self.small_bytes_left) or time.monotonic() >= self.small_until_s:
-            return False
-        try:
-            file = open_beneath(self.root, found.path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
-                raise
-            return False  # it went
-        try:
-            content = os.read(file, found.size + 1)
-            now = os.fstat(file)
-        finally:
-            os.close(file)
-        # One look after the read is enough: what was read was this version if the file still is.
-        version = (found.inode, found.size, found.mtime_ns, found.ctime_ns)
-        if (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) != version or len(content) != found.size:
-            return False
-        with self.objects.create() as copy:
-            copy.write(content)
-            self.objects.publish(copy, key)
-        self.small_bytes_left -= found.size
-        return True
-
-
-def _node(found: Found) -> erofs.Node:
-    node = erofs.Node(found.mode, TASK_UID, TASK_GID, found.mtime_ns, target=found.target)
-    if stat.S_ISDIR(found.mode):
-        node.children = {}
-    return node

@@ -33,9 +33,9 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     """The entry: do jobs until the channel is closed; jobs in hand then end with the process."""
     for descriptor in descriptors:
         os.close(descriptor)
-    # A listing makes a hundred thousand objects and no cycles: collections would cost as much as the listing.
+    # A listing makes some hundred thousand objects; collections on the way would cost as much as the rest.  One comes after it.
     gc.freeze()
-    gc.set_threshold(200_000, 50, 50)
+    gc.disable()
     channel = Channel(end, JOBS)
     indexing = _Workers(channel, INDEXING_MAX, partial(_index, Indexer()))
     syncing = _Workers(channel, SYNCING_MAX, _sync)
@@ -82,6 +82,7 @@ class _Workers:
             except Exception as error:  # noqa: BLE001 (whatever it is, the job has an answer, and the other jobs go on)
                 traceback.print_exc()
                 self._send(JobFailed(job.job, f"{type(error).__name__}: {error}"))
+            gc.collect()
             _libc.malloc_trim(0)  # a listing's memory goes back to the node
             self._count(-1)
 

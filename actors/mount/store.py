@@ -1,72 +1,47 @@
-"""One directory store, for one task's sync: looking at it, and single steps that change it or, when it is not as expected, do not.
+"""One directory store, for one task's sync: looking at it, and the private names in it.
 
-What is to be published is prepared under a private name in `.aerie-sync/TASK/` in the store's root, on its file system by that, and renamed
-into place.  Every path goes through openat2(2) from the store's descriptor: no symbolic link leads out of it.  `lock` keeps the
-syncs of other tasks from coming between the look before a step and the step; for others that gap is microseconds.
+Every path goes through openat2(2) from the store's descriptor: no symbolic link leads out of it.  `.aerie-sync/TASK/` in its
+root is this task's own, for what is to be published: on the store's file system by that, and to be renamed into place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from actors.mount.copying import FileChanged, copy_settled, equal
-from actors.mount.listing import RESERVED, TASK_GID, TASK_UID, Entry, Version, entry_of, open_beneath, open_store
-from actors.mount.merge import Action, Step, described, is_directory, same_version
-from actors.mount.staging import parent, staged_entry
+from actors.mount.copying import equal
+from actors.mount.listing import RESERVED, Entry, Version, entry_of, open_beneath, open_store
+from actors.mount.staging import parent
+from actors.mount.steps import is_directory
 
-FILES_OPEN_MAX = 128
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_RENAME_NOREPLACE = 1
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
-_FILE = os.O_RDONLY | os.O_NONBLOCK
-# The store, or staging, is no longer what the step was decided on.
-_STALE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.EISDIR, errno.ENXIO))
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A step ready to be carried out: what is at `temporary`, if anything, takes the name, and is then described, if need be.
-
-    The store has `reached` then, and with it `wanted` is dealt with.
-    """
-
-    step: Step
-    temporary: bytes
-    wanted: Entry | None
-    reached: Entry | None
-    describe: bool = False
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
+FILE = os.O_RDONLY | os.O_NONBLOCK
+# The store, or staging, is no longer what it was when it was looked at.
+STALE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.EISDIR, errno.ENXIO))
 
 
 class Store:
-    """The store at `path`, which is made when it is missing; `upper` is a descriptor of the staging directory.
+    """The store at `path`, which is made when it is missing, open at `root`; `upper` is a descriptor of the staging directory.
 
-    It is a `merge.View`, which remembers what it has seen until `forget`.  Raises OSError, here and everywhere.
+    It is a `steps.View`, which remembers what it has seen until `forget`.  `private` is the path of the task's own directory in
+    it.  Raises OSError, here and everywhere.
     """
 
     def __init__(self, path: str, task: str, upper: int) -> None:
         self._upper = upper
-        self._root = open_store(path)
-        self._private = RESERVED + b"/" + os.fsencode(task)
+        self.root = open_store(path)
+        self.private = RESERVED + b"/" + os.fsencode(task)
         self._task = os.fsencode(task)
         self._token = os.urandom(4).hex()
         self._numbers = 0
         self._seen: dict[bytes, Entry | None] = {}
-        self._linked: dict[tuple[int, int], tuple[bytes, Entry]] = {}  # staged (inode, ctime) of several names: its copy
-        self._unsynced: set[bytes] = set()
-        self._unsynced_files: list[int] = []
 
     def close(self) -> None:
-        for file in self._unsynced_files:
-            os.close(file)
-        os.close(self._root)
+        os.close(self.root)
 
     # What is there
 
@@ -77,9 +52,9 @@ class Store:
 
     def children(self, path: bytes) -> list[bytes]:
         try:
-            directory = open_beneath(self._root, path, _DIRECTORY)
+            directory = open_beneath(self.root, path, DIRECTORY)
         except OSError as error:
-            if error.errno not in _STALE:
+            if error.errno not in STALE:
                 raise
             return []
         try:
@@ -91,11 +66,11 @@ class Store:
     def same_content(self, path: bytes, of: bytes) -> bool:
         with contextlib.ExitStack() as opened:
             files = []
-            for directory, name in ((self._root, path), (self._upper, of)):
+            for directory, name in ((self.root, path), (self._upper, of)):
                 try:
-                    file = open_beneath(directory, name, _FILE)
+                    file = open_beneath(directory, name, FILE)
                 except OSError as error:
-                    if error.errno not in _STALE:
+                    if error.errno not in STALE:
                         raise
                     return False
                 opened.callback(os.close, file)
@@ -105,9 +80,9 @@ class Store:
     def look(self, path: bytes) -> Entry | None:
         """What is at `path` now; a kind that no listing has is an entry with nothing but its mode."""
         try:
-            opened = open_beneath(self._root, path, os.O_PATH)
+            opened = open_beneath(self.root, path, os.O_PATH)
         except OSError as error:
-            if error.errno not in _STALE:
+            if error.errno not in STALE:
                 raise
             return None
         try:
@@ -121,9 +96,9 @@ class Store:
     def directory_inode(self, path: bytes) -> int | None:
         """The inode of the directory at `path`; None when there is none."""
         try:
-            opened = open_beneath(self._root, path, os.O_PATH | os.O_DIRECTORY)
+            opened = open_beneath(self.root, path, os.O_PATH | os.O_DIRECTORY)
         except OSError as error:
-            if error.errno not in _STALE:
+            if error.errno not in STALE:
                 raise
             return None
         try:
@@ -138,11 +113,11 @@ class Store:
     # Private names
 
     def recover(self) -> dict[Version, bytes]:
-        """Remove what an earlier sync of this task left behind, but for links: each may be the last name of a file that is still to be
-        renamed.  Returns those, by version.
+        """Remove what an earlier sync of this task left behind, but for links: each may be the last name of a file that is
+        still to be renamed.  Returns those, by version.
         """
         spares = {}
-        for path in self.children(self._private):
+        for path in self.children(self.private):
             entry = self.look(path)
             if entry is not None and entry.content is not None and path.rpartition(b"/")[2].startswith(b"link"):
                 spares[entry.content] = path
@@ -152,9 +127,9 @@ class Store:
 
     def clean(self) -> None:
         """Remove the private directory and what is in it: nothing is unfinished any more."""
-        for path in self.children(self._private):
+        for path in self.children(self.private):
             self._remove(path, self.look(path))
-        for path in (self._private, RESERVED):
+        for path in (self.private, RESERVED):
             try:
                 self._remove(path, Entry(stat.S_IFDIR))
             except OSError as error:
@@ -162,16 +137,16 @@ class Store:
                     raise
 
     def _remove(self, path: bytes, entry: Entry | None) -> None:
-        with self._parent(path) as (directory, name):
+        with self.open_parent(path) as (directory, name):
             if is_directory(entry):
                 os.rmdir(name, dir_fd=directory)
             else:
                 os.unlink(name, dir_fd=directory)
 
     @contextlib.contextmanager
-    def _parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+    def open_parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
         """A descriptor of the directory that `path` is in, and its name there."""
-        directory = open_beneath(self._root, parent(path), _DIRECTORY)
+        directory = open_beneath(self.root, parent(path), DIRECTORY)
         try:
             yield directory, path.rpartition(b"/")[2]
         finally:
@@ -179,12 +154,12 @@ class Store:
 
     def _make_private(self) -> int:
         """A descriptor of this task's private directory."""
-        directory = self._root
+        directory = self.root
         for name in (RESERVED, self._task):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=directory)
-            below = open_beneath(directory, name, _DIRECTORY)
-            if directory != self._root:
+            below = open_beneath(directory, name, DIRECTORY)
+            if directory != self.root:
                 os.close(directory)
             directory = below
             # Whoever else may write to the store must not write here: what lies here is published as it is.
@@ -193,9 +168,9 @@ class Store:
         return directory
 
     @contextlib.contextmanager
-    def _private_name(self, kind: str) -> Iterator[tuple[int, bytes]]:
+    def private_name(self, kind: str) -> Iterator[tuple[int, bytes]]:
         try:
-            directory = open_beneath(self._root, self._private, _DIRECTORY)
+            directory = open_beneath(self.root, self.private, DIRECTORY)
         except FileNotFoundError:
             directory = self._make_private()
         self._numbers += 1
@@ -204,225 +179,11 @@ class Store:
         finally:
             os.close(directory)
 
-    # Steps
-
-    def prepare(self, step: Step, going: bool = False) -> Prepared | None:
-        """Make what `step` is to publish; None when what it is made from has changed.
-
-        `going`: the name `step.source` is to go before this one comes.
-        """
-        wanted = step.wanted
-        try:
-            match step.action:
-                case Action.PUT:
-                    return self._put(step)
-                case Action.LINK:
-                    return self._link(step, going)
-                case Action.MKDIR:
-                    with self._private_name("dir") as (directory, name):
-                        os.mkdir(name, 0o700, dir_fd=directory)
-                        made = open_beneath(directory, name, _DIRECTORY)
-                        try:
-                            os.fchown(made, TASK_UID, TASK_GID)
-                            os.fchmod(made, stat.S_IMODE(step.mode))
-                        finally:
-                            os.close(made)
-                    return Prepared(step, name, wanted, Entry(step.mode))
-                case Action.SYMLINK:
-                    assert wanted is not None and wanted.target is not None
-                    with self._private_name("symlink") as (directory, name):
-                        os.symlink(wanted.target, name, dir_fd=directory)
-                        os.chown(name, TASK_UID, TASK_GID, dir_fd=directory, follow_symlinks=False)
-                    return Prepared(step, name, wanted, wanted)
-                case Action.DESCRIBE:
-                    return self._described(step)
-                case Action.REMOVE:
-                    return Prepared(step, b"", None, None)
-        except FileChanged:
-            return None
-        except OSError as error:
-            if error.errno not in _STALE:
-                raise
-            return None
-
-    def _put(self, step: Step) -> Prepared | None:
-        assert step.wanted is not None and step.wanted.content is not None
-        source = open_beneath(self._upper, step.of, _FILE)
-        try:
-            status = os.fstat(source)
-            if status.st_ino != step.wanted.content[0]:
-                return None
-            with self._private_name("put") as (directory, name):
-                reached = self._link_again(status, directory, name) if status.st_nlink > 1 else None
-                if reached is None:
-                    status, reached = self._copy(source, directory, name, step.mode, None)
-                    self._linked[status.st_ino, status.st_ctime_ns] = self._private + b"/" + name, reached
-        finally:
-            os.close(source)
-        return Prepared(step, name, staged_entry(status), reached)
-
-    def _link_again(self, status: os.stat_result, directory: int, name: bytes) -> Entry | None:
-        """Another name for the copy of a staged file that has several; None when there is none, or it was changed since."""
-        linked, copied = self._linked.get((status.st_ino, status.st_ctime_ns), (b"", None))
-        if copied is None or self.look(linked) != copied:
-            return None
-        with self._parent(linked) as (at, other):
-            os.link(other, name, src_dir_fd=at, dst_dir_fd=directory, follow_symlinks=False)
-        if entry_of(os.stat(name, dir_fd=directory, follow_symlinks=False)) == copied:
-            return copied
-        os.unlink(name, dir_fd=directory)
-        return None
-
-    def _link(self, step: Step, going: bool) -> Prepared | None:
-        wanted = step.wanted
-        assert wanted is not None
-        with self._private_name("link") as (directory, name), self._parent(step.source) as (at, source):
-            os.link(source, name, src_dir_fd=at, dst_dir_fd=directory, follow_symlinks=False)
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            found = entry_of(status)
-            if found is None or found.content != step.version:
-                os.unlink(name, dir_fd=directory)
-                return None
-            as_it_is = (found.mode, found.mtime_ns) == (step.mode, wanted.mtime_ns)
-            if as_it_is or (going and status.st_nlink == 2):
-                reached = described(found, Entry(step.mode, wanted.mtime_ns))
-                return Prepared(step, name, wanted, reached, describe=not as_it_is)
-            # It has other names, which keep mode and time.
-            file = open_beneath(directory, name, _FILE)
-            try:
-                os.unlink(name, dir_fd=directory)
-                _, reached_copy = self._copy(file, directory, name, step.mode, wanted.mtime_ns)
-            finally:
-                os.close(file)
-            return Prepared(step, name, wanted, reached_copy)
-
-    def _described(self, step: Step) -> Prepared | None:
-        wanted, expected = step.wanted, step.expected
-        assert wanted is not None and expected is not None
-        file = open_beneath(self._root, step.where, _FILE)
-        try:
-            if is_directory(expected) or os.fstat(file).st_nlink == 1:
-                reached = described(expected, Entry(step.mode, wanted.mtime_ns))
-                return Prepared(step, b"", wanted, reached, describe=True)
-            if not same_version(entry_of(os.fstat(file)), expected):
-                return None
-            # A hard link in the store: to the task it was a file of its own, and the other names stay as they are.
-            with self._private_name("put") as (directory, name):
-                _, reached_copy = self._copy(file, directory, name, step.mode, wanted.mtime_ns)
-            return Prepared(step, name, wanted, reached_copy)
-        finally:
-            os.close(file)
-
-    def _copy(self, source: int, directory: int, name: bytes, mode: int, mtime_ns: int | None) -> tuple[os.stat_result, Entry]:
-        """A copy of an open file, under a private name; `sync_prepared` makes it durable.  Returns the source's status and the entry."""
-        copy = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
-        if len(self._unsynced_files) >= FILES_OPEN_MAX:
-            self.sync_prepared()
-        self._unsynced_files.append(copy)
-        status = copy_settled(source, copy)
-        os.fchown(copy, TASK_UID, TASK_GID)
-        os.fchmod(copy, stat.S_IMODE(mode))
-        mtime_ns = status.st_mtime_ns if mtime_ns is None else mtime_ns
-        os.utime(copy, ns=(mtime_ns, mtime_ns))
-        made = os.fstat(copy)
-        return status, Entry(made.st_mode, made.st_mtime_ns, (made.st_ino, made.st_size, made.st_mtime_ns))
-
-    def sync_prepared(self) -> None:
-        """Make the content of everything prepared so far durable."""
-        while self._unsynced_files:
-            file = self._unsynced_files.pop()
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
-
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keep syncs of other tasks out."""
-        fcntl.flock(self._root, fcntl.LOCK_EX)
+        fcntl.flock(self.root, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            fcntl.flock(self._root, fcntl.LOCK_UN)
-
-    def carry_out(self, prepared: Prepared) -> bool:
-        """Do the step, if the store is as it is expected to be; False when it is not.  To be called with the lock."""
-        step = prepared.step
-        if not same_version(self.look(step.where), step.expected):
-            return False
-        try:
-            with self._parent(step.where) as (directory, name):
-                if step.action is Action.REMOVE and is_directory(step.expected):
-                    os.rmdir(name, dir_fd=directory)
-                elif step.action is Action.REMOVE:
-                    os.unlink(name, dir_fd=directory)
-                elif prepared.temporary and not self._publish(prepared, directory, name):
-                    return False
-                if prepared.describe and not self._describe(directory, name, prepared.reached):
-                    return False
-        except OSError as error:
-            if error.errno not in _STALE:
-                raise
-            return False
-        self._unsynced.add(parent(step.where))
-        return True
-
-    def _publish(self, prepared: Prepared, directory: int, name: bytes) -> bool:
-        with self._parent(self._private + b"/" + prepared.temporary) as (private, temporary):
-            if prepared.describe and os.stat(temporary, dir_fd=private, follow_symlinks=False).st_nlink > 1:
-                return False  # the old name did not go
-            _rename(private, temporary, directory, name, replace=prepared.step.expected is not None)
-        if prepared.wanted is not None and prepared.wanted.content is not None:
-            inode, _, ctime_ns = prepared.wanted.content
-            linked, copied = self._linked.get((inode, ctime_ns), (b"", None))
-            if copied is not None and linked == self._private + b"/" + prepared.temporary:
-                self._linked[inode, ctime_ns] = prepared.step.where, copied
-        return True
-
-    def _describe(self, directory: int, name: bytes, reached: Entry | None) -> bool:
-        """Give an entry its mode and time, the time last: by it another sync sees that the mode was set too."""
-        assert reached is not None
-        file = open_beneath(directory, name, _FILE)
-        try:
-            status = os.fstat(file)
-            if reached.content is not None and (status.st_ino, status.st_nlink) != (reached.content[0], 1):
-                return False
-            os.fchmod(file, stat.S_IMODE(reached.mode))
-            if reached.content is not None:
-                os.utime(file, ns=(reached.mtime_ns, reached.mtime_ns))
-            os.fsync(file)
-            return True
-        finally:
-            os.close(file)
-
-    def move(self, old: bytes, new: bytes) -> bool:
-        """Rename a directory; False when the store is no longer so that this is possible.  To be called with the lock."""
-        try:
-            with self._parent(old) as (source, name), self._parent(new) as (target, to):
-                _rename(source, name, target, to, replace=False)
-        except OSError as error:
-            if error.errno not in _STALE:
-                raise
-            return False
-        self._unsynced.update((parent(old), parent(new)))
-        return True
-
-    def sync_names(self) -> None:
-        """Make durable what was carried out: the names, in each directory where some changed."""
-        while self._unsynced:
-            try:
-                directory = open_beneath(self._root, self._unsynced.pop(), _DIRECTORY)
-            except OSError as error:
-                if error.errno not in _STALE:  # removed since, which its own directory says
-                    raise
-                continue
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-
-
-def _rename(source: int, name: bytes, target: int, to: bytes, replace: bool) -> None:
-    if _libc.renameat2(source, name, target, to, 0 if replace else _RENAME_NOREPLACE):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), os.fsdecode(to))
+            fcntl.flock(self.root, fcntl.LOCK_UN)

@@ -46,7 +46,6 @@ class SyncerActor(Actor):
         self.after(RETRY_S, _Retry())
 
     def on_end(self, reason: object) -> None:
-        # It ends by itself when its channel is closed; jobs in hand are asked for again.
         self._worker.let_go()
 
     def on_message(self, message: Any) -> Any:

@@ -24,11 +24,11 @@ class IndexWorkspace(Message, frozen=True):
     objects_dir: str
     bounds: Bounds = Bounds()
     small_bytes_max: int = 256 << 20
-    small_s: float = 1.0
+    small_s: float = 0.5
 
 
 class Indexed(Message, frozen=True):
-    """`entries` are listed.  `objects`: files that are not empty, of `content_bytes`; `missing` of them are not in OBJECTS.
+    """`entries` are listed.  `objects`: files that are not empty, of `content_bytes`; at most `missing` are not in OBJECTS.
 
     `skipped`: what of the store is not in the snapshot, and why; cut at some thousand bytes, `skipped_count` is all of it.
     """

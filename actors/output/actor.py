@@ -52,7 +52,7 @@ class OutputActor(Actor):
         self._worker.start(self._make)
 
     def on_end(self, reason: object) -> None:
-        self._worker.let_go()  # its channel is closed, and it ends
+        self._worker.let_go()
 
     def on_message(self, message: Any) -> Any:
         match message:

@@ -138,5 +138,5 @@ def undo(attempt: Attempt) -> None:
     # Only what is the container's own: the workspace may still be mounted beside it, and must not be walked into.
     for directory in (layout.root_upper.parent, layout.bundle, layout.monitor):
         shutil.rmtree(directory, ignore_errors=True)
-    layout.remove_mount_points(layout.root)
     layout.attempt_lock.unlink(missing_ok=True)
+    layout.remove_mount_points(layout.root)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,12 +46,19 @@ class Daemon:
 
     def start(self, *options: str) -> None:
         """Start it, and wait until it takes tasks."""
+        earlier = self._process
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, PROGRAM, "daemon", *options], env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
         waited = self.command("wait", "--timeout", "60s")
         assert waited.returncode == 0, (waited, self.log.read_text()[-3000:])
+        # Where a daemon lives already, tasks are taken before this process is its keeper.
+        deadline = time.monotonic() + PATIENCE_S
+        while self.tree()["pid"] != self.pid:
+            assert time.monotonic() < deadline and self._process.poll() is None, self.log.read_text()[-3000:]
+        if earlier is not None:
+            earlier.wait(PATIENCE_S)  # it gave up its place, or was killed
 
     def stop(self) -> int:
         """SIGTERM → its exit code."""
@@ -63,11 +71,6 @@ class Daemon:
             for pid in self.processes():
                 os.kill(pid, signal.SIGKILL)
             raise
-
-    def reap(self) -> int:
-        """The exit code of the process that `start` started last, which has ended."""
-        assert self._process is not None
-        return self._process.wait(PATIENCE_S)
 
     @property
     def pid(self) -> int:
@@ -147,6 +150,18 @@ class Daemon:
                 return int(node["pid"])
             todo += node["children"]
         raise LookupError(name)
+
+    def wait_pid(self, name: str, other_than: int = 0) -> int:
+        """Wait for a process of that name, which may be starting, or being replaced → its pid."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                pid = self.pid_of(name)
+            except LookupError:
+                continue
+            if pid != other_than:
+                return pid
+        raise TimeoutError(name)
 
     # --- what it leaves ---
 

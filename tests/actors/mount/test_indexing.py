@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import threading
 import time
@@ -117,6 +118,11 @@ def test_small_files_are_filled_in_within_their_bounds(workspace: Workspace, sto
     assert index(workspace, small_s=0).missing == 4, "no time is left to fill any"
     assert index(workspace).missing == 1
     assert [path for path, row in rows(workspace).items() if not has(workspace, row)] == [b"big"]
+    shutil.rmtree(workspace.objects)
+    indexer = Indexer()
+    missing = [index(workspace, small_bytes_max=2500, indexer=indexer).missing for _ in range(4)]
+    assert missing[0] > missing[1] >= missing[2], "it goes on from where it stopped"
+    assert index(workspace, indexer=indexer).missing == 1
     content = (workspace.objects / Objects.path(rows(workspace)[b"limit"].key)).read_bytes()
     assert content == b"x" * (64 << 10)
 

@@ -112,6 +112,22 @@ def test_an_answer_has_a_bound(workspace: Workspace, store: Path) -> None:
     assert 10 < len(listed.skipped) < 500
 
 
+def test_memory_is_given_back(workspace: Workspace, store: Path) -> None:
+    for number in range(3000):
+        write(store / f"d{number % 30}/f{number}", "")
+    with syncer() as (channel, pid):
+        used_kib = []
+        for number in range(12):
+            write(store / "changing", str(number))
+            channel.send(index_job(workspace))
+            answer(channel)
+            if number in (1, 11):
+                channel.receive(10.0)  # a beat later it has tidied up
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                used_kib.append(int(rollup.split("Private_Dirty:")[1].split()[0]))
+    assert used_kib[1] - used_kib[0] < 3000, "twelve listings hold no more than two"
+
+
 def test_jobs_run_at_once_and_the_heart_beats(workspaces: Callable[[str], Workspace], store: Path) -> None:
     """A sync waits for another process's lock on its journal; listings, and other syncs, go on meanwhile."""
     write(store / "a", "a")

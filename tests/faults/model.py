@@ -1,0 +1,17 @@
+"""The fault model: what may happen at any instant, and what must hold all the same.
+
+**Faults.**  SIGKILL of any one process of the daemon at any instruction: keeper, root supervisor, fork server, a workspace's FUSE
+server, an image builder, the syncer, the output mover, a task's conmon; of keeper and root supervisor together, when whoever
+started the daemon starts it again.  A hang (SIGSTOP) of those that promise heartbeats.  A full disk.  A registry that is away
+or lies.  A client that sends anything, or dies.  Not in the model: a power cut's effect on what was never acknowledged, the
+death of every holder of a task's descriptors at the same instant as its conmon, a kernel that breaks its word.
+
+**Invariants**, whatever happens:
+
+1. no operation inside a task sees an error that it would not have seen, and every byte it reads is right;
+2. each byte that it prints is in the log once and in its stream's order (a killed conmon may cost the 8 KiB in its hands, and a
+   gap record says so);
+3. each task has one result, with the true exit code, and is run once;
+4. its workspace is synced before the result is there;
+5. when the task is over and the daemon stopped, nothing is left: no process, mount, namespace, control group or directory.
+"""

@@ -1,0 +1,143 @@
+"""Each kind of process is killed while a task reads from LAZY, writes to its workspace and prints to both streams (`model`)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.output.follower import Follower
+from tests.actors.image.images import RunningRegistry, member, tar
+from tests.node.daemon import Daemon, running
+
+LINES = 300
+BIG_BYTES = 24 << 20
+SCRIPT = """
+i=0
+while [ $i -lt {lines} ]; do
+  i=$((i+1)); echo out $i; echo err $i >&2
+  if [ $((i % 25)) = 0 ]; then
+    [ "$(md5sum < big)" = "{digest}  -" ] || echo WRONG
+    echo $i >> written || echo WRONG
+  fi
+done
+exit 7
+"""
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, image: str) -> Iterator[Daemon]:
+    """A daemon of its own for each kill; it must leave nothing (`running`)."""
+    with running(tmp_path, image) as started:
+        yield started
+
+
+@pytest.fixture
+def task(daemon: Daemon) -> str:
+    """A task in full swing."""
+    store = daemon.state / "workspaces" / "work"
+    store.mkdir(mode=0o755)
+    content = os.urandom(BIG_BYTES)
+    (store / "big").write_bytes(content)
+    for path in (store, store / "big"):
+        os.chown(path, 1000, 1000)
+    task = daemon.submit(SCRIPT.format(lines=LINES, digest=hashlib.md5(content).hexdigest()), workspace="work")
+    wait_for_lines(daemon, task, 60)
+    return task
+
+
+def wait_for_lines(daemon: Daemon, task: str, count: int) -> None:
+    """Wait until a task has printed that many lines to stdout."""
+    output = daemon.state / "tasks" / task / "output"
+    deadline = time.monotonic() + 30
+    while not output.exists():
+        assert time.monotonic() < deadline
+        daemon.tree()  # made with the container; every look takes a moment
+    follower, seen = Follower(output), 0
+    while seen < count:
+        assert time.monotonic() < deadline
+        seen += sum(chunk.data.count(b"\n") for chunk in follower.read() if chunk.stream == "stdout")
+        if seen < count:
+            follower.wait(1.0)
+    follower.close()
+
+
+def check(daemon: Daemon, task: str, gaps: int = 0) -> None:
+    """The invariants of a task that was in full swing."""
+    result = daemon.result(task)
+    stdout, stderr = daemon.logs(task)
+    assert stdout.decode().splitlines() == [f"out {number}" for number in range(1, LINES + 1)]
+    assert stderr.decode().splitlines() == [f"err {number}" for number in range(1, LINES + 1)]
+    assert (result.state, result.reason, result.exit_code, result.sync, result.gaps) == ("stopped", "exited", 7, "synced", gaps)
+    written = (daemon.state / "workspaces/work/written").read_text()
+    assert written.split() == [str(number) for number in range(25, LINES + 1, 25)]
+    daemon.wait_released()
+    assert daemon.leavings() == []
+
+
+@pytest.mark.parametrize("name", ["root supervisor", "fork server", "output mover", "syncer", "workspace mount {task}"])
+def test_a_killed_process_costs_the_task_nothing(daemon: Daemon, task: str, name: str) -> None:
+    victim = name.format(task=task)
+    os.kill(daemon.pid_of(victim), signal.SIGKILL)
+    check(daemon, task)
+    for survivor in ("fork server", "output mover", "syncer"):
+        daemon.wait_pid(survivor)
+
+
+def test_a_killed_conmon_costs_at_most_what_it_held_and_a_record_says_so(daemon: Daemon, task: str) -> None:
+    os.kill(daemon.pid_of(f"conmon {task}"), signal.SIGKILL)
+    result = daemon.result(task)
+    stdout, stderr = daemon.logs(task)
+    for stream, word in ((stdout, "out"), (stderr, "err")):
+        lines = [line for line in stream.decode().splitlines() if line.startswith(word)]
+        expected = [f"{word} {number}" for number in range(1, LINES + 1)]
+        assert lines[-1] == expected[-1] and len(b"".join(line.encode() for line in expected)) - len("".join(lines)) <= 8192
+        assert [line for line in expected if line in set(lines)] == lines  # in order, none twice
+    assert (result.reason, result.exit_code, result.sync, result.gaps) == ("exited", 7, "synced", 1)
+
+
+def test_a_killed_keeper_is_stood_in_for_and_the_next_one_takes_over(daemon: Daemon, task: str) -> None:
+    os.kill(daemon.pid_of("keeper"), signal.SIGKILL)
+    check(daemon, task)
+    daemon.start()  # becomes the keeper in the stand-in's place, and its SIGTERM ends everything
+
+
+def test_keeper_and_root_supervisor_killed_together(daemon: Daemon, task: str) -> None:
+    for pid in (daemon.pid_of("keeper"), daemon.pid_of("root supervisor")):
+        os.kill(pid, signal.SIGKILL)
+    daemon.start()
+    check(daemon, task)
+
+
+def test_take_over_renews_the_daemon_under_a_running_task(daemon: Daemon, task: str) -> None:
+    old = daemon.pid, daemon.pid_of("root supervisor"), daemon.pid_of("fork server")
+    daemon.start("--take-over")
+    check(daemon, task)
+    assert not {daemon.pid, daemon.pid_of("root supervisor"), daemon.pid_of("fork server")} & set(old)
+
+
+def test_a_killed_image_builder_is_followed_by_another(tmp_path: Path, registry: RunningRegistry, daemon: Daemon) -> None:
+    repository = registry.repository("large")
+    repository.push(
+        tar(*(member(f"file-{number}", os.urandom(64 << 10)) for number in range(400))),
+        tar(member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755)),
+    )
+    task = daemon.submit(["/bin/busybox", "sh", "-c", "exit 5"], image=repository.reference())
+    os.kill(daemon.wait_pid("image builder"), signal.SIGKILL)
+    assert daemon.result(task).exit_code == 5
+
+
+@pytest.mark.parametrize("name", ["output mover", "syncer", "workspace mount {task}"])
+def test_a_hung_process_is_found_by_its_silence_and_replaced(daemon: Daemon, task: str, name: str) -> None:
+    hung = daemon.pid_of(name.format(task=task))
+    os.kill(hung, signal.SIGSTOP)
+    if name.startswith("workspace"):
+        check(daemon, task)  # it cannot end before it was replaced
+        return
+    daemon.wait_pid(name, other_than=hung)
+    check(daemon, task)
