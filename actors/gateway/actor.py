@@ -51,7 +51,7 @@ from actors.gateway.retention import Retention
 from actors.gateway.tree import draw_tree
 from actors.image import messages as images
 from actors.sandbox.messages import RunTask, StopSandbox, TaskChanged, TaskEnded, TaskReleased
-from actors.services import GATEWAY, IMAGES, SANDBOXES, Services, sandbox_name
+from actors.services import IMAGES, SANDBOXES, Services
 from supervisor.actor import Actor
 from supervisor.answers import Answer, Refused, Worked, WorkFailed
 from supervisor.frames import Message
@@ -148,12 +148,12 @@ class GatewayActor(Actor):
                     self._ledger.tasks[result.task].result = result
             case TaskEnded(result):
                 self._ended(result)
-            case TaskReleased(task):
-                self._released(task)
             case images.ImageProgress(leases, text):
                 self._show_progress(leases, text)
             case _WaitOver(client, request, task):
                 self._wait_over(client, request, task)
+            case Answer(_, TaskReleased(task)):
+                self._released(task)
             case Answer(request, value):
                 self._images_answered(request, value)
             case Refused(request, error):
@@ -173,7 +173,7 @@ class GatewayActor(Actor):
                 return self._drain(timeout_s)
             case _DrainOver():
                 for task in self._ledger.running:
-                    self.system.tell(sandbox_name(task), StopSandbox(task))
+                    self.request(SANDBOXES, StopSandbox(task))
         return None
 
     # --- requests ---
@@ -291,7 +291,7 @@ class GatewayActor(Actor):
         if self._ledger.withdraw(task):
             self._cancel_queued(known)
         elif not known.result.ended:
-            self.system.tell(sandbox_name(task), StopSandbox(task, "cancelled", force))
+            self.request(SANDBOXES, StopSandbox(task, "cancelled", force))
         self._await_end(client, request.request, known)
 
     def _cancel_queued(self, known: Task) -> None:
@@ -332,7 +332,8 @@ class GatewayActor(Actor):
                 self._run(task)
 
     def _run(self, task: Task) -> None:
-        self.system.tell(SANDBOXES, RunTask(task.task, task.spec))
+        # Asked, not told: a Sandbox supervisor that is started again is asked again, until all of the task is over.
+        self.request(SANDBOXES, RunTask(task.task, task.spec))
 
     def _ended(self, result: TaskResult) -> None:
         known = self._ledger.tasks.get(result.task)

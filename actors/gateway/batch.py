@@ -152,7 +152,8 @@ class Batch:
     def _wait(self, hungry: bool) -> bool:
         """Wait for an answer, or also for input → whether there is some."""
         waiting = select.poll()
-        waiting.register(self._client, select.POLLIN)
+        if self._open:
+            waiting.register(self._client, select.POLLIN)
         if hungry:
             waiting.register(self._source, select.POLLIN)
         return any(descriptor == self._source for descriptor, _ in waiting.poll())

@@ -96,13 +96,13 @@ class Client:
         try:
             self._socket.sendall(frame)
         except ConnectionError:
-            self._reconnect()
+            pass  # the reader finds out, after what the daemon may have said before it hung up, and the request is sent again
 
     def receive(self, timeout_s: float | None = None, request: int | None = None) -> Answer | None:
         """The next answer, or the next one to `request`, while others are kept for later; None when there is none in time.
 
-        `timeout_s`: None waits for ever, 0 does not wait.  Raises NoDaemon when the daemon goes away and does not come back;
-        ClientError when it breaks the protocol.
+        `timeout_s`: None waits for ever, 0 does not wait; a daemon that has gone is waited for all the same.  Raises NoDaemon when
+        it does not come back; ClientError when it breaks the protocol.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -138,7 +138,7 @@ class Client:
         return answer
 
     def _read(self, deadline: float | None) -> bool:
-        """Take in what arrives next, however little; False when nothing does in time."""
+        """Take in what arrives next, however little; False when nothing does in time, or will at all."""
         waiting = select.poll()
         waiting.register(self._socket, select.POLLIN)
         if not waiting.poll(None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000)):
@@ -147,6 +147,8 @@ class Client:
             data = self._socket.recv(1 << 16)
         except ConnectionError:
             data = b""
+        if not data and not self._open:
+            return False  # nothing is expected; the next request finds out, and connects again
         if not data:
             self._reconnect()
             return True

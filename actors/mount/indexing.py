@@ -83,8 +83,8 @@ class Indexer:
         """List `store`, which is made if it is missing, and write listing, META and table into the task's `directory`.
 
         Files of at most 64 KiB are copied to OBJECTS, for overlayfs binds an inode to the layer that has its object at first
-        open; at most `small_bytes_max` in all, and for no longer than `small_s`: what remains is read when it is wanted, and the
-        next time goes on from there.  Raises OSError, TreeTooLarge.
+        open; at most `small_bytes_max` in all, and for no longer than `small_s`: what remains is read when it is wanted, and
+        the next time goes on from there.  Raises OSError, TreeTooLarge.
         """
         root = open_store(store)
         try:

@@ -151,7 +151,6 @@ class SandboxActor(Actor):
         if self._life.phase is Phase.GONE and before is not Phase.GONE:
             # Nobody need wait for this mark: a daemon that does not find it gives back once more what is gone.
             self._record("released", "UPDATE tasks SET released = ? WHERE task = ?", 1)
-            self.system.tell(GATEWAY, messages.TaskReleased(self._task))
             self.finish()
 
     def _carry_out(self, effects: list[Effect]) -> None:
@@ -280,7 +279,7 @@ class SandboxActor(Actor):
                 self._know(Fact.KILL_ASKED)  # nobody is there who would hear SIGTERM
             case "recorded":
                 assert self._result
-                self.system.tell(GATEWAY, messages.TaskEnded(self._result))
+                self.request(GATEWAY, messages.TaskEnded(self._result))  # a gateway that is being started again gets it then
                 self._know(Fact.RECORDED)
             case "deleted":
                 self._services.descriptors.drop(*(held(kind, self._task) for kind in HELD))

@@ -13,7 +13,7 @@ from actors.sandbox import messages
 from actors.sandbox.actor import SandboxActor
 from actors.sandbox.host import SandboxHost
 from actors.services import Services, sandbox_name
-from supervisor.answers import Answer
+from supervisor.answers import Answer, Deferred
 from supervisor.spec import ChildSpec, Flags, Restart
 from supervisor.tree import Supervisor, System
 
@@ -33,11 +33,15 @@ class SandboxSupervisor(Supervisor):
         super().__init__(system, name, flags=Flags(intensity=None))
         self._services = services
         self._host = SandboxHost(services.layout)
+        self._running: dict[str, list[Deferred]] = {}
 
     def on_message(self, message: Any) -> Any:
         match message:
             case messages.RunTask(task, spec):
                 self._start(task, spec, manual=False)
+                reply = self.deferred()
+                self._running.setdefault(task, []).append(reply)
+                return reply
             case messages.CreateSandbox(task, spec):
                 return self._create(task, spec)
             case messages.ListSandboxes():
@@ -45,8 +49,15 @@ class SandboxSupervisor(Supervisor):
             case _ if isinstance(message, TO_ONE):
                 return self._hand_on(message)
             case _:
-                return super().on_message(message)
+                super().on_message(message)
+                self._tell_released()
         return None
+
+    def _tell_released(self) -> None:
+        """Answer for the tasks whose sandbox has ended for good."""
+        for task in [task for task in self._running if sandbox_name(task) not in self.children]:
+            for reply in self._running.pop(task):
+                reply.set(messages.TaskReleased(task))
 
     def _start(self, task: str, spec: TaskSpec, manual: bool) -> None:
         name, services, host, system = sandbox_name(task), self._services, self._host, self.system

@@ -107,6 +107,8 @@ def test_answers_to_other_requests_are_kept_for_later(opened: Opened, tmp_path: 
         first, second = connection.request(), connection.request()
         assert (first, second) == (Submit(1, "t", SPEC, True), Logs(2, "t"))
         connection.answer(Accepted(1, "t"), Ended(1, result("t")), Failed(2, "unknown_task", "gone"))
+        with pytest.raises(EOFError):
+            connection.request()
 
     daemon = ScriptedDaemon(tmp_path / "run", script)
     client = opened(tmp_path / "run")
@@ -114,6 +116,7 @@ def test_answers_to_other_requests_are_kept_for_later(opened: Opened, tmp_path: 
     with pytest.raises(RequestFailed):
         client.ask(Logs(client.number(), "t"))
     assert [client.receive(0), client.receive(0), client.receive(0)] == [Accepted(1, "t"), Ended(1, result("t")), None]
+    client.close()
     daemon.join()
 
 
