@@ -1,0 +1,1 @@
+"""`make bench`: what Aerie costs over the floor, measured in one run, as ratios of medians."""
