@@ -7,15 +7,11 @@ Each check gives one :class:`Finding`.  The quick ones, which only look, are als
 from __future__ import annotations
 
 import argparse
-import ctypes
-import errno
 import os
 import re
-import select
 import shutil
 import stat
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +21,11 @@ from actors.sandbox import cgroup, runtimes
 from actors.settings import Settings
 
 KERNEL_MIN: Final = (6, 12)
-CONMON_MIN: Final = (2, 0, 26)  # the first with the sync pipe that `conmon.create` reads
+CONMON_MIN: Final = (2, 1, 6)  # Debian 12's; no older one was tried
 VERSION_TIMEOUT_S: Final = 10.0
 FILE_SYSTEMS: Final = ("erofs", "fuse", "overlay")
-NOT_FOR_STATE: Final = (
-    "overlay",
-    "tmpfs",
-    "ramfs",
-    "nfs",
-    "nfs4",
-    "9p",
-)  # no upper directory, not durable, or not this host's alone
-
-_CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
-_MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+# On the first three, EROFS does not mount a file (ENOTBLK); the others are not this host's alone.
+NOT_FOR_STATE: Final = ("overlay", "tmpfs", "ramfs", "nfs", "nfs4", "9p")
 
 
 @dataclass(frozen=True)
@@ -85,10 +71,9 @@ def examine(settings: Settings) -> list[Finding]:
     findings = [check(settings) for check in LOOKED_AT]
     findings += [_runtime(settings, name) for name in runtimes.PROGRAMS]
     if os.geteuid() == 0:
-        _unshare(_CLONE_NEWNS)
-        if _libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None):
-            raise _last_error("make the mounts private")
-        findings += [check(settings) for check in TRIED]
+        from actors.trials import try_everything
+
+        findings += try_everything(existing(Path(settings.state.dir)))
     return findings
 
 
@@ -173,7 +158,7 @@ def _runtime(settings: Settings, name: str) -> Finding:
 
 
 def _state_disk(settings: Settings) -> Finding:
-    place = _existing(Path(settings.state.dir))
+    place = existing(Path(settings.state.dir))
     kind = file_system_of(str(place), Path("/proc/self/mountinfo").read_text())
     writable = os.access(place, os.W_OK)
     ok = writable and kind not in NOT_FOR_STATE
@@ -188,7 +173,7 @@ def _state_disk(settings: Settings) -> Finding:
 
 
 def _run_directory(settings: Settings) -> Finding:
-    place = _existing(Path(settings.run.dir))
+    place = existing(Path(settings.run.dir))
     ok = os.access(place, os.W_OK)
     return Finding(
         "run directory",
@@ -211,104 +196,6 @@ LOOKED_AT: Final[Sequence[Check]] = (
 )
 
 
-# --- tried ----------------------------------------------------------------------------------------------------------------
-
-
-def _tree(settings: Settings) -> Finding:
-    """META :: OBJECTS as the daemon mounts them: EROFS from its file, metacopy onto a data-only layer, an upper on top."""
-    from actors.lazytree import erofs, mounts
-
-    needed = "an EROFS file mounted, and an overlay over it with metacopy onto a data-only layer and an upper directory"
-    cure = "Linux 6.12 or newer with EROFS and overlayfs, and the state directory on ext4, xfs or btrfs"
-    content, key = b"content of a lower file\n", "ab" + "0" * 62
-    try:
-        with tempfile.TemporaryDirectory(prefix=".aerie-doctor-", dir=_existing(Path(settings.state.dir))) as name:
-            home = Path(name)
-            for part in ("objects/ab", "meta", "merged", "upper", "work"):
-                (home / part).mkdir(parents=True)
-            (home / "objects/ab" / key[2:]).write_bytes(content)
-            root = erofs.Node(
-                stat.S_IFDIR | 0o755, children={b"file": erofs.Node(stat.S_IFREG | 0o644, size=len(content), key=key)}
-            )
-            with (home / "meta.erofs").open("wb") as file:
-                erofs.write(root, file)
-            mounts.mount_erofs(str(home / "meta.erofs"), str(home / "meta"))
-            try:
-                layers = [str(home / "meta")], [str(home / "objects")], str(home / "upper"), str(home / "work")
-                mounts.mount_overlay(str(home / "merged"), *layers)
-                try:
-                    read = (home / "merged/file").read_bytes()
-                    (home / "merged/file").rename(home / "merged/moved")
-                    copied = "trusted.overlay.metacopy" not in os.listxattr(home / "upper/moved")
-                    (home / "merged/new").write_bytes(b"new")
-                finally:
-                    mounts.unmount(str(home / "merged"))
-            finally:
-                mounts.unmount(str(home / "meta"))
-    except OSError as error:
-        return Finding("layers", str(error), needed, False, cure)
-    found = (
-        "work"
-        if read == content and not copied
-        else "mounted, but a lower file's content is wrong, or was copied by its rename"
-    )
-    return Finding("layers", found, needed, found == "work", cure)
-
-
-def _fuse(settings: Settings) -> Finding:
-    needed = "a FUSE mount, and pyfuse3"
-    try:
-        import pyfuse3
-
-        from actors.lazytree import mounts
-
-        with tempfile.TemporaryDirectory(prefix="aerie-doctor-") as home:
-            device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                mounts.mount_fuse(home, device)
-                mounts.unmount(home, lazily=True)
-            finally:
-                os.close(device)
-    except (ImportError, OSError) as error:
-        return Finding("fuse", str(error), needed, False, "modprobe fuse; `make setup` installs pyfuse3")
-    return Finding("fuse", f"mounts; pyfuse3 {pyfuse3.__version__}", needed, True)
-
-
-def _network(settings: Settings) -> Finding:
-    try:
-        _unshare(_CLONE_NEWNET)
-    except OSError as error:
-        return Finding("network namespace", str(error), "a new one", False, "a kernel with CONFIG_NET_NS, and CAP_SYS_ADMIN")
-    return Finding("network namespace", "made", "a new one", True)
-
-
-def _exit_status(settings: Settings) -> Finding:
-    from supervisor.pidfd import open_pidfd, wait_status
-
-    pid = os.fork()
-    if pid == 0:
-        os._exit(7)
-    pidfd = open_pidfd(pid)
-    try:
-        select.select([pidfd], [], [], VERSION_TIMEOUT_S)
-        os.waitpid(pid, 0)
-        told = wait_status(pidfd) == 7 << 8
-    finally:
-        os.close(pidfd)
-    found = "told by the pidfd after reaping" if told else "told only to the parent, before reaping"
-    return Finding(
-        "exit status",
-        found,
-        "from a pidfd: Linux 6.15",
-        told,
-        "nothing to do: the daemon reaps as subreaper instead",
-        required=False,
-    )
-
-
-TRIED: Final[Sequence[Check]] = (_tree, _fuse, _exit_status, _network)
-
-
 # --- what they ask with ---------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +211,7 @@ def file_system_of(path: str, mountinfo: str) -> str:
     return kind
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The path, or the nearest directory above it that is there."""
     while not path.is_dir():
         path = path.parent
@@ -342,13 +229,3 @@ def _version(program: str, pattern: str) -> tuple[int, ...] | None:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
-def _unshare(flags: int) -> None:
-    if _libc.unshare(flags):
-        raise _last_error("unshare")
-
-
-def _last_error(what: str) -> OSError:
-    number = ctypes.get_errno() or errno.EIO
-    return OSError(number, f"{what}: {os.strerror(number)}")

@@ -6,6 +6,7 @@ A task's row is written when the task is accepted and goes through these marks, 
     intended_at                  from now on its command may have been started
     started_at, started_boot_s   it was started (RFC 3339 clock; CLOCK_BOOTTIME, on which its time-out counts)
     stop_cause                   somebody or its clock asked it to end: `cancelled` or `timeout`, whichever came first
+    sinks                        where its lines go, when somebody chose (msgpack of a list of Sink)
     result                       it has ended, and how (msgpack of a TaskResult)
     released                     everything it had is given back
 
@@ -29,6 +30,7 @@ MIGRATIONS: Final = [
         started_at REAL,
         started_boot_s REAL,
         stop_cause TEXT,
+        sinks BLOB,
         result BLOB,
         finished_at REAL,
         released INTEGER NOT NULL DEFAULT 0

@@ -57,7 +57,6 @@ class RunSection(Section, frozen=True):
 
 class DaemonSection(Section, frozen=True):
     drain_timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 15
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
 class ImageSection(Section, frozen=True):
@@ -74,11 +73,6 @@ class ImageSection(Section, frozen=True):
 
 
 class MountSection(Section, frozen=True):
-    entries_max: Annotated[int, Meta(ge=1, le=16_000_000)] = 1_000_000
-    depth_max: Annotated[int, Meta(ge=1, le=1000)] = 200
-    staged_bytes_max: Annotated[int, Meta(ge=MIB, le=1024 * TIB)] = TIB
-    small_bytes_max: Annotated[int, Meta(ge=0, le=64 * GIB)] = 256 * MIB
-    small_time_s: Annotated[float, Meta(ge=0, le=60)] = 1
     read_timeout_s: Annotated[float, Meta(ge=0.1, le=3600)] = 30
     ready_timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 60
 
@@ -96,10 +90,6 @@ class SandboxSection(Section, frozen=True):
 class OutputSection(Section, frozen=True):
     console: bool = False
     file_dir: Annotated[str, Meta(pattern=r"^(/[^\0]*)?$")] = ""
-    at_cap: Literal["block", "drop"] = "block"
-    journal_bytes_max: Annotated[int, Meta(ge=MIB, le=16 * TIB)] = GIB
-    journals_bytes_max: Annotated[int, Meta(ge=MIB, le=1024 * TIB)] = 16 * GIB
-    free_bytes_min: Annotated[int, Meta(ge=0, le=16 * TIB)] = 256 * MIB
 
 
 class GatewaySection(Section, frozen=True):

@@ -19,6 +19,7 @@ from actors.gateway.messages import (
     ANSWERS,
     EXIT_CODES,
     EXIT_NO_DAEMON,
+    EXIT_NOT_PERMITTED,
     FRAME_BYTES_MAX,
     SOCKET_NAME,
     Answer,
@@ -47,6 +48,12 @@ class NoDaemon(ClientError):
     """Nobody listens, or does any more."""
 
     exit_code = EXIT_NO_DAEMON
+
+
+class NotPermitted(ClientError):
+    """The socket is somebody else's."""
+
+    exit_code = EXIT_NOT_PERMITTED
 
 
 class RequestFailed(ClientError):
@@ -191,7 +198,7 @@ class Client:
 
 
 def connect(run_dir: Path) -> socket.socket:
-    """Connect to the gateway of `run_dir`; one that is about to start is waited for.  Raises NoDaemon, or ClientError."""
+    """Connect to the gateway of `run_dir`; one that is about to start is waited for.  Raises NoDaemon, NotPermitted."""
     try:
         return _connect(run_dir / SOCKET_NAME, socket.SOCK_STREAM)
     except (FileNotFoundError, ConnectionRefusedError):
@@ -206,7 +213,7 @@ def connect(run_dir: Path) -> socket.socket:
 def wait_connect(run_dir: Path, deadline: float) -> socket.socket:
     """Connect to the gateway of `run_dir` as soon as one listens there, at the latest at `deadline` (monotonic).
 
-    Raises NoDaemon, or ClientError when nobody may.
+    Raises NoDaemon, NotPermitted.
     """
     from actors.gateway.arrival import watch_nearest  # not needed, and so not loaded, by nearly every command
 
@@ -230,7 +237,7 @@ def _connect(path: Path, kind: int) -> socket.socket:
         connection.connect(os.fspath(path))
     except PermissionError:
         connection.close()
-        raise ClientError(
+        raise NotPermitted(
             f"permission denied: {path} is for root only; become root, or name your own daemon by AERIE_RUN_DIR"
         ) from None
     except OSError:

@@ -47,6 +47,7 @@ FailureKind = Literal[
 
 EXIT_NOT_ENDED: Final = 3  # `result` of a task that has not ended
 EXIT_NO_DAEMON: Final = 69  # EX_UNAVAILABLE of sysexits.h
+EXIT_NOT_PERMITTED: Final = 77  # EX_NOPERM
 EXIT_CODES: Final[dict[FailureKind, int]] = {
     "invalid": 2,
     "unknown_task": 4,

@@ -37,7 +37,8 @@ class Followed:
     """A task whose lines go somewhere."""
 
     sinks: list[Sink]
-    finishing: list[Deferred] = field(default_factory=list)
+    finishing: bool = False
+    waiting: list[Deferred] = field(default_factory=list)
 
 
 class OutputActor(Actor):
@@ -57,8 +58,7 @@ class OutputActor(Actor):
     def on_message(self, message: Any) -> Any:
         match message:
             case messages.FollowOutput(task, sinks):
-                self._followed.setdefault(task, Followed(list(sinks)))
-                self._order_follow(task)
+                return self._follow(task, sinks)
             case messages.FinishOutput(task):
                 return self._finish(task)
             case messages.PumpOutput(task):
@@ -81,7 +81,7 @@ class OutputActor(Actor):
                 self._services.store.write(("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", (task, sink, position)))
             case Said(_, _, wire.Drained(task)):
                 followed = self._followed.pop(task, None)
-                for reply in followed.finishing if followed else ():
+                for reply in followed.waiting if followed else ():
                     reply.set(messages.OutputDrained())
             case Said(_, _, wire.Pumped(task)):
                 count = len(gaps(self._services, task))
@@ -102,12 +102,20 @@ class OutputActor(Actor):
         if followed.finishing:
             self._worker.send(wire.FinishTask(task))
 
+    def _follow(self, task: str, sinks: list[Sink]) -> Any:
+        followed = self._followed.setdefault(task, Followed(list(sinks)))
+        reply = self.deferred()
+        followed.waiting.append(reply)
+        self._order_follow(task)
+        return reply
+
     def _finish(self, task: str) -> Any:
         followed = self._followed.get(task)
         if followed is None:
             return messages.OutputDrained()
+        followed.finishing = True
         reply = self.deferred()
-        followed.finishing.append(reply)
+        followed.waiting.append(reply)
         self._worker.send(wire.FinishTask(task))
         return reply
 

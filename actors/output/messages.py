@@ -7,7 +7,10 @@ from supervisor.frames import Message
 
 
 class FollowOutput(Message, frozen=True):
-    """Bring a task's lines to these sinks, each from the position that is on record."""
+    """Bring a task's lines to these sinks, each from the position that is on record → OutputDrained, when all is there.
+
+    Not answered before: an OutputActor that is started again is asked again.
+    """
 
     task: str
     sinks: list[Sink]
@@ -26,7 +29,7 @@ class Pumped(Message, frozen=True):
 
 
 class FinishOutput(Message, frozen=True):
-    """Nothing more will be written → OutputDrained once every sink has it all."""
+    """Nothing more will be printed by a followed task → OutputDrained, too."""
 
     task: str
 

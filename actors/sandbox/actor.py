@@ -18,8 +18,7 @@ from typing import Any
 import msgspec
 from loguru import logger
 
-from actors.gateway.ledger import rfc3339
-from actors.gateway.messages import TaskResult, TaskSpec
+from actors.gateway.messages import Failure, Sync, TaskResult, TaskSpec
 from actors.image import messages as images
 from actors.mount import messages as mounting
 from actors.output import messages as output
@@ -28,6 +27,7 @@ from actors.sandbox import attempt as making
 from actors.sandbox import bundle, conmon, ending, messages
 from actors.sandbox.attempt import HELD, Attempt, held
 from actors.sandbox.host import SandboxHost
+from actors.sandbox.record import Record
 from actors.sandbox.recovery import Found, look
 from actors.sandbox.runtimes import CreateError, exec_error
 from actors.sandbox.states import Effect, Fact, Life, Phase, begin, step
@@ -40,9 +40,15 @@ from supervisor.processes import ProcessRow
 from supervisor.tree import System
 
 CONMON_S = 5.0  # how long conmon may take to write the last output and end, once its container has
-NOTES_MAX = 20
 EXEC_ERROR_BYTES_MAX = 4096  # a journal that holds more holds more than the runtime's one line
 RETRY_S = 1.0  # before something that must be done, and failed, is tried again
+
+
+AGAIN = {
+    "image released": Effect.RELEASE_IMAGE,
+    "workspace released": Effect.RELEASE_WORKSPACE,
+    "output drained": Effect.FINISH_OUTPUT,
+}
 
 
 class SandboxActor(Actor):
@@ -60,17 +66,8 @@ class SandboxActor(Actor):
         self._attempt: Attempt | None = None
         self._rootfs: images.RootfsReady | None = None
         self._sinks: list[messages.Sink] = []
-        self._stop_cause: ending.Cause | None = None
-        self._error: str | None = None
-        self._failure: str | None = None
-        self._notes: list[str] = []
-        self._started_at: float | None = None
-        self._started_boot_s: float | None = None
-        self._accepted_at = time.time()
-        self._workspace_outcome = mounting.WorkspaceSynced("none", [], None)
-        self._ended_at: float | None = None
+        self._record = Record(task, time.time())
         self._result: TaskResult | None = None
-        self._gaps = 0
         self._requests: dict[int, str] = {}
 
     # --- life ---
@@ -89,14 +86,9 @@ class SandboxActor(Actor):
 
     def _take(self, found: Found) -> None:
         self._attempt = self._host.attempt(self._task, found.attempt, self._spec.runtime)
-        self._accepted_at = found.accepted_at
-        self._started_at, self._started_boot_s = found.started_at, found.started_boot_s
-        self._stop_cause = found.stop_cause
+        self._record = found.record
         self._result = found.result
-        self._error = found.error
-        self._gaps = found.gaps
-        if found.result is not None:
-            self._workspace_outcome = mounting.WorkspaceSynced(found.result.sync, list(found.result.conflicts), None)
+        self._sinks = found.sinks
 
     def on_end(self, reason: object) -> None:
         for kind in ("container", "conmon"):
@@ -116,10 +108,11 @@ class SandboxActor(Actor):
                 if Fact.START_ASKED in self._life.facts:
                     return refusal(f"sandbox {self._task} has been started: its output can only be chosen before")
                 self._sinks = list(sinks)
+                self._write("sinks", "UPDATE tasks SET sinks = ? WHERE task = ?", msgspec.msgpack.encode(self._sinks))
             case messages.GetSandbox():
                 pass
             case messages.ReadFailed(_, reason):
-                self._note(f"a read failed: {reason}")
+                self._record.note(f"a read failed: {reason}")
             case ("ended", "container"):
                 self._container_ended()
             case ("ended", "conmon"):
@@ -150,7 +143,7 @@ class SandboxActor(Actor):
         self._carry_out(effects)
         if self._life.phase is Phase.GONE and before is not Phase.GONE:
             # Nobody need wait for this mark: a daemon that does not find it gives back once more what is gone.
-            self._record("released", "UPDATE tasks SET released = ? WHERE task = ?", 1)
+            self._write("released", "UPDATE tasks SET released = ? WHERE task = ?", 1)
             self.finish()
 
     def _carry_out(self, effects: list[Effect]) -> None:
@@ -192,26 +185,25 @@ class SandboxActor(Actor):
         self.work("created", making.create, self._attempt, self._rootfs, task, self._host.filter, dict(os.environ))
 
     def _record_intent(self) -> None:
-        self._record("intended", "UPDATE tasks SET intended_at = ?, boot_id = ? WHERE task = ?", time.time(), self._services.boot_id)
+        self._write("intended", "UPDATE tasks SET intended_at = ?, boot_id = ? WHERE task = ?", time.time(), self._services.boot_id)
 
     def _start(self) -> None:
         assert self._attempt
-        self._started_at, self._started_boot_s = time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
-        self._record(
-            "started", "UPDATE tasks SET started_at = ?, started_boot_s = ? WHERE task = ?", self._started_at, self._started_boot_s
-        )
-        if self._sinks_wanted():
-            self.system.tell(OUTPUT, output.FollowOutput(self._task, self._sinks_wanted()))
+        self._record.started_at, self._record.started_boot_s = time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
+        marks = (self._record.started_at, self._record.started_boot_s)
+        self._write("started", "UPDATE tasks SET started_at = ?, started_boot_s = ? WHERE task = ?", *marks)
         self.work("start", conmon.start, self._attempt.container, making.CREATE_TIMEOUT_S)
 
     def _watch_clock(self) -> None:
         self._check_clock()
+        if sinks := self._sinks_wanted():
+            self._request("output followed", OUTPUT, output.FollowOutput(self._task, sinks))
 
     def _check_clock(self) -> None:
         """Time-outs count on the boot-time clock, which goes on while the machine sleeps; the timer's does not."""
-        if self._spec.timeout_s is None or self._started_boot_s is None or self._life.phase is not Phase.RUNNING:
+        if self._spec.timeout_s is None or self._record.started_boot_s is None or self._life.phase is not Phase.RUNNING:
             return
-        left_s = self._started_boot_s + self._spec.timeout_s - time.clock_gettime(time.CLOCK_BOOTTIME)
+        left_s = self._record.started_boot_s + self._spec.timeout_s - time.clock_gettime(time.CLOCK_BOOTTIME)
         if left_s > 0:
             self.after(left_s, ("time is over",))
         else:
@@ -229,7 +221,7 @@ class SandboxActor(Actor):
     def _record_result(self) -> None:
         if self._result is None:
             self._result = self._conclude()
-        self._record(
+        self._write(
             "recorded",
             "UPDATE tasks SET result = ?, finished_at = ? WHERE task = ?",
             msgspec.msgpack.encode(self._result),
@@ -245,8 +237,17 @@ class SandboxActor(Actor):
         if self._spec.workspace is None:
             self.work("workspace released", shutil.rmtree, self._layout.workspace_home, True)
         else:
-            keep = self._workspace_outcome.outcome == "sync_failed"
+            keep = self._record.sync == "sync_failed"
             self._request("workspace released", MOUNTS, mounting.UnmountWorkspace(self._task, keep))
+
+    def _finish_output(self) -> None:
+        """Let the sinks have all of it.  Followed once more first: after a restart nobody may have followed it yet."""
+        sinks = self._sinks_wanted()
+        if not sinks:
+            self._know(Fact.OUTPUT_DRAINED)
+            return
+        self._request("output followed", OUTPUT, output.FollowOutput(self._task, sinks))
+        self._request("output drained", OUTPUT, output.FinishOutput(self._task))
 
     def _release_image(self) -> None:
         self._request("image released", IMAGES, images.ReleaseRootfs(f"task/{self._task}"))
@@ -286,7 +287,7 @@ class SandboxActor(Actor):
                 self._know(Fact.DELETED)
             case "workspace released":
                 self._know(Fact.WORKSPACE_RELEASED)
-            case "started" | "stop cause" | "killed":
+            case "started" | "stop cause" | "killed" | "released" | "sinks":
                 pass
 
     def _work_failed(self, key: Any, error: Exception) -> None:
@@ -313,39 +314,46 @@ class SandboxActor(Actor):
             case "workspace":
                 self._know(Fact.WORKSPACE)
             case "pumped":
-                self._gaps += value.gaps
+                self._record.gaps = value.gaps
                 self._know(Fact.OUTPUT_WHOLE)
             case "synced":
-                self._workspace_outcome = value
-                self._know(Fact.SYNCED)
+                self._synced(value.outcome, value.conflicts, value.error)
             case "workspace released":
                 self._know(Fact.WORKSPACE_RELEASED)
             case "image released":
                 self._know(Fact.IMAGE_RELEASED)
+            case "output drained":
+                self._know(Fact.OUTPUT_DRAINED)
 
     def _refused(self, what: str, error: str) -> None:
         match what:
             case "image" | "workspace":
                 self._fail(error, "other")
             case "synced":
-                self._workspace_outcome = mounting.WorkspaceSynced("sync_failed", [], error)
-                self._know(Fact.SYNCED)
+                self._synced("sync_failed", [], error)
+            case "pumped":
+                logger.error("the pipes of task {} could not be taken over, trying again: {}", self._task, error)
+                self.after(RETRY_S, ("ended", "conmon"))
+            case "output followed":
+                pass  # "output drained" is refused with it
             case _:
                 # Of what must be given back nothing may be forgotten.
                 logger.error("task {}: {}, trying again: {}", self._task, what, error)
-                effect = Effect.RELEASE_IMAGE if what == "image released" else Effect.RELEASE_WORKSPACE
-                self.after(RETRY_S, ("again", Effect.DRAIN_OUTPUT if what == "pumped" else effect))
+                self.after(RETRY_S, ("again", AGAIN[what]))
 
-    def _fail(self, error: str, kind: str) -> None:
-        if self._error is None:
-            self._error, self._failure = error, kind
+    def _fail(self, error: str, kind: Failure) -> None:
+        self._record.fail(error, kind)
         self._know(Fact.FAILED)
 
+    def _synced(self, outcome: Sync, conflicts: list[str], error: str | None) -> None:
+        self._record.sync, self._record.conflicts, self._record.sync_error = outcome, conflicts, error
+        self._know(Fact.SYNCED)
+
     def _ask_to_end(self, cause: ending.Cause, force: bool) -> Any:
-        if self._stop_cause is None and Fact.ENDED not in self._life.facts:
-            self._stop_cause = cause
+        if self._record.stop_cause is None and Fact.ENDED not in self._life.facts:
+            self._record.stop_cause = cause
             if Fact.STARTED in self._life.facts:
-                self._record("stop cause", "UPDATE tasks SET stop_cause = ? WHERE task = ?", cause)
+                self._write("stop cause", "UPDATE tasks SET stop_cause = ? WHERE task = ?", cause)
         self._know(Fact.STOP_ASKED)
         if force:
             self._know(Fact.KILL_ASKED)
@@ -379,7 +387,7 @@ class SandboxActor(Actor):
         self._services.processes.remove(self.name, f"conmon {self._task}")
 
     def _container_ended(self) -> None:
-        self._ended_at = time.time()
+        self._record.ended_at = time.time()
         self._know(Fact.ENDED)
 
     def _conmon_ended(self) -> None:
@@ -402,38 +410,14 @@ class SandboxActor(Actor):
 
     def _conclude(self) -> TaskResult:
         """The result, from everything that is known by now."""
-        ended_at = self._ended_at or time.time()
         pidfd = self._services.descriptors.get(held("container", self._task))
         status = None if pidfd is None else wait_status(pidfd)
-        ran = Fact.ENDED in self._life.facts
-        if ran and status is not None and (refused := self._exec_refused(status)):
-            ran, self._error, self._failure = False, str(refused), refused.kind
-        oom_kills = self._attempt.cgroup.oom_kills() if self._attempt and Fact.ENDED in self._life.facts else 0
-        end = ending.conclude(
-            ran=ran,
-            status=status,
-            stop_cause=self._stop_cause,
-            oom_kills=oom_kills,
-            error=self._error,
-        )
-        error = "; ".join(filter(None, [end.error, *self._notes, self._workspace_outcome.error])) or None
-        started_at = self._started_at if ran else None
-        return TaskResult(
-            task=self._task,
-            state=end.state,
-            reason=end.reason,
-            exit_code=end.exit_code,
-            signal=end.signal,
-            error=error,
-            sync=self._workspace_outcome.outcome,  # type: ignore[arg-type]
-            created_at=rfc3339(self._accepted_at),
-            started_at=None if started_at is None else rfc3339(started_at),
-            finished_at=rfc3339(ended_at),
-            duration_s=None if started_at is None else max(0.0, ended_at - started_at),
-            failure=self._failure if end.state == "failed" and end.reason is None else None,  # type: ignore[arg-type]
-            conflicts=self._workspace_outcome.conflicts[:100],
-            gaps=self._gaps,
-        )
+        ended = Fact.ENDED in self._life.facts
+        refused = self._exec_refused(status) if ended and status is not None else None
+        if refused is not None:
+            self._record.fail(str(refused), refused.kind)
+        oom_kills = self._attempt.cgroup.oom_kills() if self._attempt and ended else 0
+        return self._record.conclude(ended and refused is None, status, oom_kills, time.time())
 
     def _exec_refused(self, status: int) -> CreateError | None:
         """Whether the runtime, in the task's place, has found that the command cannot be executed: then it never ran."""
@@ -456,21 +440,7 @@ class SandboxActor(Actor):
         if self._result is not None:
             return self._result
         running = Fact.STARTED in self._life.facts
-        state = "running" if running else "pending" if self._life.phase is Phase.PREPARING else "creating"
-        started_at = self._started_at if running else None
-        return TaskResult(
-            task=self._task,
-            state=state,  # type: ignore[arg-type]
-            reason=None,
-            exit_code=None,
-            signal=None,
-            error=None,
-            sync="none",
-            created_at=rfc3339(self._accepted_at),
-            started_at=None if started_at is None else rfc3339(started_at),
-            finished_at=None,
-            duration_s=None,
-        )
+        return self._record.present("running" if running else "pending" if self._life.phase is Phase.PREPARING else "creating")
 
     def _tell_state(self) -> None:
         self.system.tell(GATEWAY, messages.TaskChanged(self._state_now()))
@@ -493,17 +463,13 @@ class SandboxActor(Actor):
 
     # --- small things ---
 
-    def _note(self, text: str) -> None:
-        if text not in self._notes and len(self._notes) < NOTES_MAX:
-            self._notes.append(text)
-
     def _sinks_wanted(self) -> list[messages.Sink]:
         return self._sinks or default_sinks(self._services.settings, self._task)
 
     def _request(self, what: str, name: str, message: Any) -> None:
         self._requests[self.request(name, message)] = what
 
-    def _record(self, key: str, sql: str, *values: Any) -> None:
+    def _write(self, key: str, sql: str, *values: Any) -> None:
         """Write a mark to the store; `key` becomes known when it is durable."""
         mailbox = self.mailbox
 

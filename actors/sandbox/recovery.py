@@ -27,7 +27,8 @@ from actors.gateway.messages import TaskResult
 from actors.sandbox import attempt as making
 from actors.sandbox import conmon
 from actors.sandbox.attempt import Attempt, held
-from actors.sandbox.ending import Cause
+from actors.sandbox.messages import Sink
+from actors.sandbox.record import Record
 from actors.sandbox.states import Fact, Phase
 from actors.services import Services
 
@@ -41,31 +42,28 @@ class Found:
     """What was seen: the phase to go on in, the facts known there, and those to be told one by one afterwards."""
 
     attempt: int
-    accepted_at: float
+    record: Record
     phase: Phase = Phase.PREPARING
     facts: frozenset[Fact] = frozenset()
     seen: list[Fact] = field(default_factory=list)
-    started_at: float | None = None
-    started_boot_s: float | None = None
-    stop_cause: Cause | None = None
+    sinks: list[Sink] = field(default_factory=list)
     result: TaskResult | None = None
-    error: str | None = None
-    lost: bool = False
-    gaps: int = 0
 
 
 def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) -> Found:
     """See where a task's sandbox stands; what was half made, and cannot be gone on with, is undone.  Blocks."""
     [row] = services.store.read(
-        "SELECT attempt, accepted_at, intended_at, started_at, started_boot_s, stop_cause, result, boot_id FROM tasks WHERE task = ?",
+        "SELECT attempt, accepted_at, intended_at, started_at, started_boot_s, stop_cause, result, boot_id, sinks "
+        "FROM tasks WHERE task = ?",
         task,
     )
-    number, accepted_at, intended_at, started_at, started_boot_s, stop_cause, result, boot_id = row
-    found = Found(number, accepted_at, started_at=started_at, started_boot_s=started_boot_s, stop_cause=stop_cause)
-    found.gaps = len(gaps(services, task))
+    number, accepted_at, intended_at, started_at, started_boot_s, stop_cause, result, boot_id, sinks = row
+    record = Record(task, accepted_at, started_at, started_boot_s, stop_cause=stop_cause, gaps=len(gaps(services, task)))
+    found = Found(number, record, sinks=msgspec.msgpack.decode(sinks, type=list[Sink]) if sinks else [])
     attempt = attempt_of(number)
     if result is not None:
         found.result = msgspec.msgpack.decode(result, type=TaskResult)
+        record.sync = found.result.sync
         found.phase = Phase.REPORTING
         found.facts = STARTED | {Fact.ENDED, Fact.OUTPUT_WHOLE, Fact.SYNCED, Fact.RECORDED}
         return found
@@ -98,8 +96,7 @@ def _anew(services: Services, task: str, found: Found, attempt: Attempt) -> Foun
 
 
 def _lost(found: Found, why: str) -> Found:
-    found.lost = True
-    found.error = LOST.format(why)
+    found.record.error = LOST.format(why)
     # What it wrote is brought back all the same: it is the user's, whatever became of the task.
     found.phase, found.facts = Phase.SYNCING, STARTED | {Fact.ENDED, Fact.OUTPUT_WHOLE}
     return found

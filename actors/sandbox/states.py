@@ -17,7 +17,8 @@ what it sees and goes on: recovery is a start with more facts.
     SYNCING     bring the workspace back          synced                                REPORTING
     REPORTING   record the result, report it      recorded, delete asked                RELEASING
     RELEASING   delete the container, give        deleted, workspace released,          GONE
-                everything back                   image released
+                everything back, let the sinks    image released, output drained
+                have all of the output
     GONE
 
 What may go wrong before the command runs leads straight to REPORTING; whatever was there already is undone in RELEASING, whose
@@ -61,6 +62,7 @@ class Fact(Enum):
     DELETED = auto()
     WORKSPACE_RELEASED = auto()
     IMAGE_RELEASED = auto()
+    OUTPUT_DRAINED = auto()
     FAILED = auto()  # something went wrong before the command ran
     STOP_ASKED = auto()
     KILL_ASKED = auto()  # a stop with force, or the grace period is over
@@ -81,6 +83,7 @@ class Effect(Enum):
     DELETE = auto()
     RELEASE_WORKSPACE = auto()
     RELEASE_IMAGE = auto()
+    FINISH_OUTPUT = auto()
     TERMINATE = auto()
     KILL = auto()
 
@@ -107,7 +110,9 @@ TABLE: dict[Phase, Row] = {
     P.SYNCING: row((E.SYNC,), {F.SYNCED}, P.REPORTING),
     P.REPORTING: row((E.RECORD_RESULT,), {F.RECORDED, F.DELETE_ASKED}, P.RELEASING),
     P.RELEASING: row(
-        (E.DELETE, E.RELEASE_WORKSPACE, E.RELEASE_IMAGE), {F.DELETED, F.WORKSPACE_RELEASED, F.IMAGE_RELEASED}, P.GONE
+        (E.DELETE, E.RELEASE_WORKSPACE, E.RELEASE_IMAGE, E.FINISH_OUTPUT),
+        {F.DELETED, F.WORKSPACE_RELEASED, F.IMAGE_RELEASED, F.OUTPUT_DRAINED},
+        P.GONE,
     ),
     P.GONE: row((), set(), None),
 }

@@ -34,14 +34,26 @@ def test_sizes(text: str, size_bytes: int) -> None:
     assert parse_bytes(text) == size_bytes
 
 
-@pytest.mark.parametrize(("text", "cores"), [("500m", 0.5), ("2", 2.0), ("1.5", 1.5), ("1m", 0.001), ("0", 0.0), ("0.25", 0.25)])
+@pytest.mark.parametrize(
+    ("text", "cores"), [("500m", 0.5), ("2", 2.0), ("1.5", 1.5), ("1m", 0.001), ("0", 0.0), ("0.25", 0.25)]
+)
 def test_cores(text: str, cores: float) -> None:
     assert parse_cores(text) == cores
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30s", 30), ("5m", 300), ("1h", 3600), ("1h30m", 5400), ("250ms", 0.25), ("2d", 172800), ("30", 30), ("1.5", 1.5), ("0", 0)],
+    [
+        ("30s", 30),
+        ("5m", 300),
+        ("1h", 3600),
+        ("1h30m", 5400),
+        ("250ms", 0.25),
+        ("2d", 172800),
+        ("30", 30),
+        ("1.5", 1.5),
+        ("0", 0),
+    ],
 )
 def test_durations(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
@@ -50,7 +62,27 @@ def test_durations(text: str, seconds: float) -> None:
 @pytest.mark.parametrize("parse", [parse_bytes, parse_cores, parse_seconds])
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "-1", "+1", "1e3", "inf", "nan", "0x10", "1 Mi", "Mi", "1.", ".5", "1_000", "12QB", "1mi", "1KI", "٣", "1\n", "9" * 1_000_000],
+    [
+        "",
+        " ",
+        "-1",
+        "+1",
+        "1e3",
+        "inf",
+        "nan",
+        "0x10",
+        "1 Mi",
+        "Mi",
+        "1.",
+        ".5",
+        "1_000",
+        "12QB",
+        "1mi",
+        "1KI",
+        "٣",
+        "1\n",
+        "9" * 1_000_000,
+    ],
 )
 def test_anything_else_is_refused_in_few_words(parse: object, text: str) -> None:
     assert callable(parse)
@@ -59,7 +91,9 @@ def test_anything_else_is_refused_in_few_words(parse: object, text: str) -> None
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize(("parse", "text"), [(parse_bytes, "512m"), (parse_bytes, "512s"), (parse_cores, "1Gi"), (parse_seconds, "5M")])
+@pytest.mark.parametrize(
+    ("parse", "text"), [(parse_bytes, "512m"), (parse_bytes, "512s"), (parse_cores, "1Gi"), (parse_seconds, "5M")]
+)
 def test_a_unit_of_another_kind_is_refused(parse: object, text: str) -> None:
     assert callable(parse)
     with pytest.raises(QuantityError):

@@ -194,10 +194,12 @@ def test_directories_are_loaded_without_symbolic_links(tmp_path: Path) -> None:
 
 def test_the_documented_file_holds_every_key_at_its_default_with_its_bounds() -> None:
     text = CONFIGURATION.read_text()
-    assert tomllib.loads(text) == dict.fromkeys(KEYS, {}), "as it is shipped, nothing is set"
+    assert tomllib.loads(text) == {section: {} for section in KEYS}, "as it is shipped, nothing is set"
     shipped = re.sub(r"^#(\w+ = )", r"\1", text, flags=re.MULTILINE)
     document = tomllib.loads(shipped)
-    assert {section: set(table) for section, table in document.items()} == {section: set(keys) for section, keys in KEYS.items()}
+    assert {section: set(table) for section, table in document.items()} == {
+        section: set(keys) for section, keys in KEYS.items()
+    }
     assert parse(document, {}) == parse({}, {})
     section, seen = "", 0
     for line in shipped.splitlines():

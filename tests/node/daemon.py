@@ -199,18 +199,21 @@ class Daemon:
         for task in (self.state / "tasks").iterdir():
             found += [f"directory {entry}" for entry in task.iterdir() if entry.name != "output"]
         for pid in self.processes():
-            try:
-                name = Path(f"/proc/{pid}/comm").read_text().strip()
-            except FileNotFoundError:
-                continue
-            if name in ("conmon", "crun", "runc"):
+            if (name := name_of(pid)) in ("conmon", "crun", "runc"):
                 found.append(f"process {name} {pid}")
         return found
 
     def leavings_after_stop(self) -> list[str]:
         """What is left of a daemon that has ended."""
         found = [f"mount {mount.target}" for mount in mounts_below(str(self.state.parent))]
-        return self.leavings() + found + [f"process {pid}" for pid in self.processes()]
+        return self.leavings() + found + [f"process {pid} {name_of(pid)}" for pid in self.processes()]
+
+
+def name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 @contextmanager
@@ -223,4 +226,5 @@ def running(home: Path, image: str, **settings: str) -> Iterator[Daemon]:
     finally:
         code = daemon.stop()
     assert code == 0, daemon.log.read_text()[-3000:]
-    assert daemon.leavings_after_stop() == []
+    left = daemon.leavings_after_stop()
+    assert not left, (left, daemon.log.read_text()[-3000:])

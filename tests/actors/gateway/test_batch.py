@@ -67,7 +67,13 @@ def test_a_line_over_the_bound_is_not_kept() -> None:
 def test_a_line_becomes_a_task_with_the_defaults() -> None:
     task, spec = task_of(line(id="b1"), DEFAULTS)
     assert task == "b1"
-    assert (spec.memory_bytes, spec.cpu_cores, spec.timeout_s, spec.runtime, spec.workspace) == (512 << 20, 1.0, None, "crun", None)
+    assert (spec.memory_bytes, spec.cpu_cores, spec.timeout_s, spec.runtime, spec.workspace) == (
+        512 << 20,
+        1.0,
+        None,
+        "crun",
+        None,
+    )
 
 
 def test_limits_are_texts_or_numbers() -> None:

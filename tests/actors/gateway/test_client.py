@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import struct
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.gateway.client import Client, ClientError, NoDaemon, RequestFailed, connect
+from actors.gateway.client import Client, ClientError, NoDaemon, NotPermitted, RequestFailed, connect
 from actors.gateway.messages import (
     FRAME_BYTES_MAX,
     Accepted,
@@ -55,6 +56,17 @@ def test_a_socket_that_a_dead_daemon_left_is_no_daemon(opened: Opened, tmp_path:
         left.bind(str(tmp_path / "run" / "aerie.sock"))
     with pytest.raises(NoDaemon):
         connect(tmp_path / "run")
+
+
+def test_a_socket_of_somebody_elses_is_said_so(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(NotPermitted, match="root") as caught:
+            Client(tmp_path / "run")
+    finally:
+        os.seteuid(0)
+    assert caught.value.exit_code == 77
 
 
 def test_a_request_and_its_answer(opened: Opened, tmp_path: Path) -> None:
@@ -164,7 +176,12 @@ def test_a_request_over_the_bound_is_not_sent(opened: Opened, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "garbage",
-    [struct.pack(">I", 3) + b"\xc1\xc1\xc1", struct.pack(">I", 1 << 30), struct.pack(">I", 1) + b"\x01", b"HTTP/1.1 400 Bad Request\r\n"],
+    [
+        struct.pack(">I", 3) + b"\xc1\xc1\xc1",
+        struct.pack(">I", 1 << 30),
+        struct.pack(">I", 1) + b"\x01",
+        b"HTTP/1.1 400 Bad Request\r\n",
+    ],
 )
 def test_a_daemon_that_breaks_the_protocol_is_an_error_and_no_traceback(opened: Opened, tmp_path: Path, garbage: bytes) -> None:
     def script(connection: Connection) -> None:

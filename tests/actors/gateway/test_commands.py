@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -182,7 +183,23 @@ def test_submit_prints_the_id(run: Run, tmp_path: Path) -> None:
         assert (request.wait, request.spec.timeout_s, request.spec.memory_bytes) == (False, 1.5, 1 << 30)
         connection.answer(Accepted(request.request, request.task))
 
-    arguments = ["--env", "A=b", "--timeout", "1500ms", "--memory", "1Gi", "--id", "mine", "busybox", "--", "sh", "-c", "echo --json", "--", "-x"]
+    arguments = [
+        "--env",
+        "A=b",
+        "--timeout",
+        "1500ms",
+        "--memory",
+        "1Gi",
+        "--id",
+        "mine",
+        "busybox",
+        "--",
+        "sh",
+        "-c",
+        "echo --json",
+        "--",
+        "-x",
+    ]
     daemon = ScriptedDaemon(tmp_path / "run", script, script)
     assert run("submit", *arguments).stdout == "mine\n"
     assert json.loads(run("submit", "--json", *arguments).stdout) == {"task": "mine"}
@@ -199,7 +216,9 @@ def test_submit_wait_is_as_if_the_task_ran_here(run: Run, tmp_path: Path) -> Non
         connection.answer(Accepted(submit.request, submit.task))
         logs = connection.request()
         # The end may be known before the client has asked where the output is.
-        connection.answer(Ended(submit.request, result(submit.task, exit_code=5)), LogDirectory(logs.request, str(output), True))
+        connection.answer(
+            Ended(submit.request, result(submit.task, exit_code=5)), LogDirectory(logs.request, str(output), True)
+        )
 
     daemon = ScriptedDaemon(tmp_path / "run", script)
     done = run("submit", "--wait", "busybox", "--", "sh")
@@ -223,7 +242,14 @@ def test_a_task_that_never_ran_says_why_on_stderr(run: Run, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("kind", "options", "code"),
-    [("conflict", [], 5), ("busy", [], 75), ("busy", ["--wait"], 125), ("draining", ["--wait"], 125), ("invalid", ["--wait"], 2), ("invalid", [], 2)],
+    [
+        ("conflict", [], 5),
+        ("busy", [], 75),
+        ("busy", ["--wait"], 125),
+        ("draining", ["--wait"], 125),
+        ("invalid", ["--wait"], 2),
+        ("invalid", [], 2),
+    ],
 )
 def test_a_task_that_is_not_taken(run: Run, tmp_path: Path, kind: Any, options: list[str], code: int) -> None:
     daemon = ScriptedDaemon(tmp_path / "run", once(Failed(1, kind, "first\nsecond")))
@@ -238,7 +264,9 @@ def test_result(run: Run, tmp_path: Path) -> None:
         assert request == Wait(1, "t", 1.5)
         connection.answer(Ended(1, result("t", exit_code=3)))
 
-    daemon = ScriptedDaemon(tmp_path / "run", script, once(Ended(1, result("t"))), once(StillRunning(1, result("t", "running"))))
+    daemon = ScriptedDaemon(
+        tmp_path / "run", script, once(Ended(1, result("t"))), once(StillRunning(1, result("t", "running")))
+    )
     done = run("result", "--json", "--wait", "1.5s", "t")
     assert (done.returncode, json.loads(done.stdout)["exit_code"]) == (0, 3)
     assert "exit_code:   0\n" in run("result", "t").stdout
@@ -308,7 +336,11 @@ def test_ps(run: Run, tmp_path: Path) -> None:
     rows = [Listed(1, result("a", exit_code=3)), Listed(1, result("b", "running")), Done(1)]
     daemon = ScriptedDaemon(tmp_path / "run", once(*rows), once(*rows))
     lines = run("ps").stdout.splitlines()
-    assert [line.split()[:4] for line in lines] == [["TASK", "STATE", "REASON", "EXIT"], ["a", "stopped", "exited", "3"], ["b", "running", "-", "-"]]
+    assert [line.split()[:4] for line in lines] == [
+        ["TASK", "STATE", "REASON", "EXIT"],
+        ["a", "stopped", "exited", "3"],
+        ["b", "running", "-", "-"],
+    ]
     assert [row["task"] for row in json.loads(run("ps", "--json").stdout)] == ["a", "b"]
     daemon.join()
 
@@ -334,10 +366,22 @@ def test_tree(run: Run, tmp_path: Path) -> None:
 def test_images(run: Run, tmp_path: Path) -> None:
     rows = Images(1, [ImageState("docker.io/library/busybox:latest", "sha256:" + "0" * 64, None, ["t1"], 3 << 20)])
     mounted = ImageMounted(1, "lease-1", "/run/x", "sha256:0")
-    daemon = ScriptedDaemon(tmp_path / "run", once(rows), once(rows), once(mounted), once(mounted), once(Done(1)), once(Failed(1, "unknown_lease", "no")))
+    daemon = ScriptedDaemon(
+        tmp_path / "run",
+        once(rows),
+        once(rows),
+        once(mounted),
+        once(mounted),
+        once(Done(1)),
+        once(Failed(1, "unknown_lease", "no")),
+    )
     assert "3Mi" in run("image", "ls").stdout
     assert json.loads(run("image", "ls", "--json").stdout)[0]["leases"] == ["t1"]
-    assert json.loads(run("image", "mount", "--json", "busybox").stdout) == {"lease": "lease-1", "path": "/run/x", "digest": "sha256:0"}
+    assert json.loads(run("image", "mount", "--json", "busybox").stdout) == {
+        "lease": "lease-1",
+        "path": "/run/x",
+        "digest": "sha256:0",
+    }
     assert run("image", "mount", "busybox").stdout.splitlines()[0] == "/run/x"
     assert run("image", "unmount", "lease-1").returncode == 0
     assert run("image", "unmount", "lease-1").returncode == 4
@@ -358,3 +402,30 @@ def test_batch(run: Run, tmp_path: Path) -> None:
     (tmp_path / "tasks").write_text("")
     assert run("batch", str(tmp_path / "tasks")).stdout == ""
     daemon.join()
+
+
+def test_an_interrupted_client_leaves_the_task_running_and_says_how_to_go_on(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "journal").write_bytes(record("stdout", b"begun\n"))
+
+    def script(connection: Connection) -> None:
+        submit = connection.request()
+        connection.answer(Accepted(submit.request, submit.task))
+        logs = connection.request()
+        connection.answer(LogDirectory(logs.request, str(output), False))
+        with pytest.raises(EOFError):
+            connection.request()  # no Stop
+
+    daemon = ScriptedDaemon(tmp_path / "run", script)
+    environment = {**os.environ, "AERIE_STATE_DIR": f"{tmp_path}/state", "AERIE_RUN_DIR": f"{tmp_path}/run"}
+    argv = [sys.executable, str(PROGRAM), "submit", "--wait", "--id", "t1", "busybox", "--", "sleep", "60"]
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    daemon.join()
+    assert process.returncode == 130
+    assert "run.py logs -f t1" in stderr
+    assert "Traceback" not in stderr

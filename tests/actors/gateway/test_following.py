@@ -104,7 +104,15 @@ def test_a_refusal_ends_the_following(tmp_path: Path) -> None:
 
 
 def test_bytes_go_to_the_stream_they_came_from_and_gaps_to_none(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    show_bytes([Chunk("stdout", b"a\xff"), Chunk("stdout", b"\0b"), Chunk("stderr", b"e"), Chunk("gap", b"lost"), Chunk("stdout", b"c")])
+    show_bytes(
+        [
+            Chunk("stdout", b"a\xff"),
+            Chunk("stdout", b"\0b"),
+            Chunk("stderr", b"e"),
+            Chunk("gap", b"lost"),
+            Chunk("stdout", b"c"),
+        ]
+    )
     assert capfdbinary.readouterr() == (b"a\xff\0bc", b"e")
 
 

@@ -87,7 +87,9 @@ def test_a_limit_is_a_text_or_a_number(unit: str, given: object, expected: float
     assert amount(unit, given) == expected
 
 
-@pytest.mark.parametrize(("unit", "given"), [("bytes", 0.5), ("bytes", True), ("bytes", None), ("s", [1]), ("cores", "x"), ("s", "1x")])
+@pytest.mark.parametrize(
+    ("unit", "given"), [("bytes", 0.5), ("bytes", True), ("bytes", None), ("s", [1]), ("cores", "x"), ("s", "1x")]
+)
 def test_a_limit_is_nothing_else(unit: str, given: object) -> None:
     with pytest.raises(QuantityError):
         amount(unit, given)
