@@ -25,14 +25,13 @@ def main(take_over: bool = False, stand_in: bool = False) -> int:
     if checked.returncode:
         return checked.returncode
     known = json.loads(checked.stdout)
-    # Every process below has them, so that whoever looks at one sees to which daemon it belongs.
-    os.environ["AERIE_STATE_DIR"] = known["state_dir"]
-    os.environ["AERIE_RUN_DIR"] = known["run_dir"]
+    # Every process below has them: whoever looks at one sees to which daemon it belongs, and all agree on where things lie.
+    os.environ |= known["directories"]
 
     from supervisor.keeper import Plan, run_keeper
 
     plan = Plan(
-        directory=Path(known["run_dir"]),
+        directory=Path(os.environ["AERIE_RUN_DIR"]),
         root_argv=process_argv("root"),
         fork_server_argv=process_argv("fork-server"),
         drain_timeout_s=known["drain_timeout_s"] + DRAIN_MARGIN_S,
@@ -76,13 +75,5 @@ def check() -> int:
     if missing := missing_parts(settings):
         print("\n".join(missing), file=sys.stderr)
         return EXIT_SETTINGS
-    print(
-        json.dumps(
-            {
-                "state_dir": settings.state.dir,
-                "run_dir": settings.run.dir,
-                "drain_timeout_s": settings.daemon.drain_timeout_s,
-            }
-        )
-    )
+    print(json.dumps({"directories": settings.directories(), "drain_timeout_s": settings.daemon.drain_timeout_s}))
     return 0

@@ -34,9 +34,9 @@ from actors.gateway.local import listen
 from actors.gateway.messages import SOCKET_NAME
 from actors.image.actor import ImageActor
 from actors.image.messages import CloseImages
+from actors.layout import Layout
 from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
-from actors.layout import Layout
 from actors.mount.messages import CleanupAll
 from actors.mount.supervisor import MountSupervisor, clean_stale
 from actors.mount.syncer import SyncerActor
@@ -50,6 +50,7 @@ from supervisor.descriptors import Descriptors
 from supervisor.isolation import Isolation
 from supervisor.keeper import EXIT_REFUSES
 from supervisor.lockfile import LockFile
+from supervisor.notify import notify
 from supervisor.processes import ProcessTable
 from supervisor.spec import ChildSpec
 from supervisor.store import SchemaTooNew, Store
@@ -63,7 +64,9 @@ STOP_TIMEOUT_S = 30.0
 def main() -> int:
     """Be the root supervisor → the exit code: 0 after a drain, EXIT_REFUSES when starting again would not help."""
     logger.remove()
-    logger.add(sys.stderr, format="{time:YYYY-MM-DDTHH:mm:ss.SSS} {level} {message}", level="INFO", backtrace=False, diagnose=False)
+    logger.add(
+        sys.stderr, format="{time:YYYY-MM-DDTHH:mm:ss.SSS} {level} {message}", level="INFO", backtrace=False, diagnose=False
+    )
     asked_to_end = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked_to_end.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is for the keeper
@@ -81,6 +84,9 @@ def main() -> int:
     system = System()
     tree = root(system, services, ended=asked_to_end.set)
     tree.launch(0, None)
+    tree.begun.wait()
+    # The main process is the keeper, who may be another one than the manager started.
+    notify(f"READY=1\nMAINPID={services.descriptors.welcome.pid}")
     if services.descriptors.welcome.draining:
         asked_to_end.set()
     asked_to_end.wait()
@@ -93,7 +99,14 @@ def main() -> int:
 
 def gather(settings: Settings, layout: Layout) -> Services:
     """Everything that the actors share.  Raises SchemaTooNew, OSError."""
-    for directory in (layout.state, layout.state / "tasks", layout.workspaces, layout.run, layout.run / "tasks", layout.runtimes):
+    for directory in (
+        layout.state,
+        layout.state / "tasks",
+        layout.workspaces,
+        layout.run,
+        layout.run / "tasks",
+        layout.runtimes,
+    ):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     watcher = Watcher()
     watcher.start()
@@ -166,7 +179,9 @@ def clean_up(services: Services) -> None:
     for task in layout.known_tasks() - unreleased:
         for mount in mounts.mounts_below(str(layout.task(task).volatile)):
             mounts.unmount(mount.target, lazily=True)
-        if not mounts.mounts_below(str(layout.task(task).volatile)):  # rmtree would go through a mount, and remove what is on it
+        if not mounts.mounts_below(
+            str(layout.task(task).volatile)
+        ):  # rmtree would go through a mount, and remove what is on it
             shutil.rmtree(layout.task(task).volatile, ignore_errors=True)
         if task not in known and not (layout.task(task).workspace_home / "unsynced").exists():
             shutil.rmtree(layout.task(task).durable, ignore_errors=True)
@@ -176,6 +191,7 @@ def drain(system: System, services: Services, tree: Root) -> None:
     """Take no more tasks, let the running ones end, give everything back."""
     timeout_s = services.settings.daemon.drain_timeout_s
     logger.info("draining: running tasks have {:g} s", timeout_s)
+    notify("STOPPING=1")
     began = time.monotonic()
     system.ask(GATEWAY, Drain(timeout_s), timeout_s=timeout_s + services.settings.sandbox.stop_grace_s + STOP_TIMEOUT_S)
     system.ask(MOUNTS, CleanupAll(), timeout_s=STOP_TIMEOUT_S)

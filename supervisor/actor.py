@@ -21,7 +21,7 @@ from typing import Any
 import pykka
 from loguru import logger
 
-from supervisor.answers import Deferred, WorkFailed, Worked
+from supervisor.answers import Deferred, Worked, WorkFailed
 from supervisor.system import Mailbox, Request, System
 from supervisor.timers import Timer
 

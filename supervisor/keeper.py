@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from supervisor.boot import name_process
-from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
+from supervisor.channel import Channel, ChannelClosed, ChannelTimeout, listen_at
 from supervisor.frames import FrameError, Message
 from supervisor.keeping import (
     FROM_KEEPER,
@@ -99,18 +99,20 @@ class Part:
     def running(self) -> bool:
         return self.pidfd >= 0
 
-    def start(self) -> None:
-        """Find it, or start it."""
+    def start(self) -> bool:
+        """Find it, or start it → whether it was found."""
         pid = holder_of(self._lock)
         try:
             self.pidfd = open_pidfd(pid) if pid else -1
         except ProcessLookupError:
             pid = 0  # it ended just now
-        if not pid:
+        found = pid != 0
+        if not found:
             pid = self._start()
             self.pidfd = open_pidfd(pid)  # not reaped by anybody but us, so the pid is still this process's
         self.pid, self._since = pid, time.monotonic()
         self.restarts += 1
+        return found
 
     def ended(self) -> int | None:
         """Note that it has ended, and when to start it again → its exit code (negative: a signal) if anybody can know it."""
@@ -180,9 +182,9 @@ class Keeper:
         now = time.monotonic()
         for part in self._parts:
             if not part.running and part.due <= now:
-                part.start()
+                found = part.start()
                 self._selector.register(part.pidfd, selectors.EVENT_READ, lambda part=part: self._part_ended(part))
-                if self._renew:  # the place was taken over: what was found runs the old version of the program
+                if found and self._renew:  # the place was taken over: what was found runs the old version of the program
                     part.signal(signal.SIGKILL)
         self._renew = False
         if self._draining and now > self._drain_deadline:
@@ -376,12 +378,7 @@ def take_place(plan: Plan, take_over: bool) -> list[tuple[Kept, list[int]]]:
 
 def listen(path: Path) -> socket.socket:
     """A SOCK_SEQPACKET socket that listens at `path`, for root only, in place of one that a dead process left there."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    path.unlink(missing_ok=True)
-    listener.bind(str(path))
-    path.chmod(0o600)
-    listener.listen(64)
-    return listener
+    return listen_at(path, socket.SOCK_SEQPACKET)
 
 
 def spawn(argv: Sequence[str], descriptors: Sequence[int] = ()) -> int:

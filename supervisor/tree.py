@@ -100,7 +100,10 @@ class Supervisor(Actor):
 
     def snapshot(self) -> dict[str, Any]:
         """The tree from here down as data: name, kind, pid (None: this process's), state, restarts, children.  For any thread."""
-        return {**_row(self.name, "supervisor", "running", 0), "children": [_snapshot(child) for child in list(self.children.values())]}
+        return {
+            **_row(self.name, "supervisor", "running", 0),
+            "children": [_snapshot(child) for child in list(self.children.values())],
+        }
 
     def _launch(self, child: Child) -> None:
         child.generation += 1
@@ -118,7 +121,9 @@ class Supervisor(Actor):
         now = time.monotonic()
         self._window, too_many = self._window.add(now)
         if too_many and self._flags.intensity is not None:
-            raise TooManyRestarts(f"{self.name}: more than {self._flags.intensity} restarts in {self._flags.period_s:g} s, last: {name}")
+            raise TooManyRestarts(
+                f"{self.name}: more than {self._flags.intensity} restarts in {self._flags.period_s:g} s, last: {name}"
+            )
         child.backoff, pause_s = child.backoff.ended(now)
         logger.warning("{} has ended ({}); it is started again in {:g} s", name, error or "normally", pause_s)
         self.after(pause_s, _StartAgain(name, child.generation))
@@ -130,7 +135,9 @@ class Supervisor(Actor):
             if actor is not None:
                 actor.mailbox(Stop())
                 if not actor.gone.wait(child.spec.shutdown_s):
-                    logger.error("{} has not ended within {} s of being told to; it is left behind", child.spec.id, child.spec.shutdown_s)
+                    logger.error(
+                        "{} has not ended within {} s of being told to; it is left behind", child.spec.id, child.spec.shutdown_s
+                    )
             self.system.forget(child.spec.id)
         self.children.clear()
 

@@ -83,5 +83,5 @@ class Watcher:
                     continue
                 try:
                     ready()
-                except Exception:  # one listener's fault must not deafen all the others
+                except Exception:  # noqa: BLE001 (one listener's fault must not deafen all the others)
                     logger.exception("a watcher's listener failed")

@@ -201,4 +201,3 @@ def _how(pidfd: int) -> str:
         return "how is not known"
     code = os.waitstatus_to_exitcode(status)
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-

@@ -6,7 +6,6 @@ what it knows it can read from the store, so a restart of it, or of the daemon, 
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -213,7 +212,9 @@ class GatewayActor(Actor):
         known = self._ledger.tasks.get(request.task)
         if known is not None:
             if known.spec != request.spec:
-                self._fail(client, request, "conflict", f"task {request.task!r} exists already, with other content: choose another id")
+                self._fail(
+                    client, request, "conflict", f"task {request.task!r} exists already, with other content: choose another id"
+                )
             elif request.task in self._recording:
                 self._recording[request.task].append((client, request))
             else:
@@ -254,7 +255,9 @@ class GatewayActor(Actor):
         if error is not None:
             self._ledger.forget([task])
             for client, request in asked:
-                self._fail(client, request, "internal", f"the task could not be recorded: {error}; free space in the state directory")
+                self._fail(
+                    client, request, "internal", f"the task could not be recorded: {error}; free space in the state directory"
+                )
             return
         self._ledger.add(known)
         for client, request in asked:
@@ -318,7 +321,9 @@ class GatewayActor(Actor):
     def _known(self, client: int, request: Request, task: str) -> Task | None:
         known = self._ledger.tasks.get(task)
         if known is None:
-            self._fail(client, request, "unknown_task", f"no task {task!r}: it was never submitted here, or its record has expired")
+            self._fail(
+                client, request, "unknown_task", f"no task {task!r}: it was never submitted here, or its record has expired"
+            )
         return known
 
     def _fail(self, client: int, request: Request, kind: FailureKind, error: str) -> None:
@@ -380,7 +385,9 @@ class GatewayActor(Actor):
             case images.RootfsReady():
                 self._bridge.send(client, ImageMounted(asked.request, value.lease, value.path or "", value.digest))
             case images.Released(known=False) if isinstance(asked, UnmountImage):
-                self._fail(client, asked, "unknown_lease", f"no lease {asked.lease!r}: it was given back already, or never given")
+                self._fail(
+                    client, asked, "unknown_lease", f"no lease {asked.lease!r}: it was given back already, or never given"
+                )
             case images.Released():
                 self._bridge.send(client, Done(asked.request))
             case images.ImageList(rows):

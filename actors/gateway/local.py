@@ -18,6 +18,7 @@ from pathlib import Path
 from loguru import logger
 
 from actors.gateway.messages import FRAME_BYTES_MAX, REQUESTS, Answer, Failed, Request, is_last
+from supervisor.channel import listen_at
 from supervisor.frames import Codec, FrameBuffer, FrameError
 
 UNSENT_BYTES_MAX = 16 << 20  # answers that a client does not read
@@ -25,12 +26,7 @@ UNSENT_BYTES_MAX = 16 << 20  # answers that a client does not read
 
 def listen(path: Path) -> socket.socket:
     """The gateway's socket, for root only."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    path.unlink(missing_ok=True)
-    listener.bind(str(path))
-    path.chmod(0o600)
-    listener.listen(128)
-    return listener
+    return listen_at(path, socket.SOCK_STREAM)
 
 
 @dataclass

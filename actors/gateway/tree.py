@@ -25,6 +25,8 @@ def draw_tree(system: System, services: Services) -> TreeNode:
 
 
 def _actor(node: dict[str, Any], services: Services, pid: int) -> TreeNode:
-    processes = [TreeNode(row.name, "process", row.pid, "running", row.restarts, []) for row in services.processes.of(node["name"])]
+    processes = [
+        TreeNode(row.name, "process", row.pid, "running", row.restarts, []) for row in services.processes.of(node["name"])
+    ]
     children = [_actor(child, services, pid) for child in node["children"]]
     return TreeNode(node["name"], node["kind"], pid, node["state"], node["restarts"], children + processes)

@@ -98,7 +98,7 @@ class ImageActor(Actor):
         for digest, reference, unpacked_bytes in store.read("SELECT digest, reference, unpacked_bytes FROM contents"):
             self._images[digest] = Image(digest, reference, unpacked_bytes)
         mounted = {mount.target for mount in mounts.mounts_below(str(self._mounts))}
-        for lease, reference, digest in store.read("SELECT lease, reference, digest FROM leases"):
+        for lease, digest in store.read("SELECT lease, digest FROM leases"):
             path = self._mounts / lease
             image = self._images.get(digest)
             if image is None or str(path) not in mounted:

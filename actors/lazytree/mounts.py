@@ -153,7 +153,10 @@ def abort_fuse(minor: int) -> None:
 
 
 def tune_fuse(minor: int, max_background: int = 1024, congestion_threshold: int = 1024, read_ahead_kib: int = 1024) -> None:
-    """Let slow reads not keep ready ones waiting, and reads be large.  For when a server of the mount is Ready: its INIT reply would undo it."""
+    """Let slow reads not keep ready ones waiting, and reads be large.
+
+    For when a server of the mount is Ready: its INIT reply would undo it.
+    """
     _control_fuse(minor, "max_background", max_background)
     _control_fuse(minor, "congestion_threshold", congestion_threshold)
     with open(f"/sys/class/bdi/0:{minor}/read_ahead_kb", "w") as file:

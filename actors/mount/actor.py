@@ -216,7 +216,9 @@ class MountActor(Actor):
         if pidfd is None or channel is None:
             self._serve()
             return
-        process = Process(self._server.name, pid_of(pidfd) or 0, os.dup(pidfd), Channel(socket.socket(fileno=os.dup(channel)), SERVER_SAYS))
+        process = Process(
+            self._server.name, pid_of(pidfd) or 0, os.dup(pidfd), Channel(socket.socket(fileno=os.dup(channel)), SERVER_SAYS)
+        )
         self._server.adopt(process)
         self._show_server()
 
@@ -348,4 +350,3 @@ def unmount_tree(services: Services, task: str, keep_staging: bool) -> None:
     if not keep_staging:
         shutil.rmtree(layout.workspace_home, ignore_errors=True)
     layout.remove_mount_points(layout.workspace, layout.workspace_meta, layout.workspace_lazy)
-

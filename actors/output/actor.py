@@ -135,6 +135,4 @@ class OutputActor(Actor):
 
     def _make(self) -> Process:
         lock = str(self._services.layout.run / "mover.lock")
-        return self._services.isolation.start(
-            MOVER, "actors.output.process:serve", wire.MoverArguments(lock), wire.ANSWERS
-        )
+        return self._services.isolation.start(MOVER, "actors.output.process:serve", wire.MoverArguments(lock), wire.ANSWERS)

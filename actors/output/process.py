@@ -72,7 +72,9 @@ class Course:
             chunks = self._follower.read(TURN_BYTES)
             if not chunks and self.finishing:
                 chunks = self._follower.finish()
-            lines = [(chunk.stream, self._splitters[chunk.stream].feed(chunk.data)) for chunk in chunks if chunk.stream != "gap"]
+            lines = [
+                (chunk.stream, self._splitters[chunk.stream].feed(chunk.data)) for chunk in chunks if chunk.stream != "gap"
+            ]
             if not chunks and self.finishing:
                 lines = [(stream, splitter.flush()) for stream, splitter in self._splitters.items()]
             self._untaken = [(stream, piece) for stream, piece in lines if piece]

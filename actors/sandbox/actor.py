@@ -54,7 +54,9 @@ AGAIN = {
 class SandboxActor(Actor):
     """Messages: those of `messages` to one sandbox.  `manual`: it waits for StartSandbox and DeleteSandbox."""
 
-    def __init__(self, system: System, name: str, services: Services, host: SandboxHost, task: str, spec: TaskSpec, manual: bool = False) -> None:
+    def __init__(
+        self, system: System, name: str, services: Services, host: SandboxHost, task: str, spec: TaskSpec, manual: bool = False
+    ) -> None:
         super().__init__(system, name)
         self._services = services
         self._host = host
@@ -185,7 +187,9 @@ class SandboxActor(Actor):
         self.work("created", making.create, self._attempt, self._rootfs, task, self._host.filter, dict(os.environ))
 
     def _record_intent(self) -> None:
-        self._write("intended", "UPDATE tasks SET intended_at = ?, boot_id = ? WHERE task = ?", time.time(), self._services.boot_id)
+        self._write(
+            "intended", "UPDATE tasks SET intended_at = ?, boot_id = ? WHERE task = ?", time.time(), self._services.boot_id
+        )
 
     def _start(self) -> None:
         assert self._attempt

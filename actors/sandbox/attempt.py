@@ -89,7 +89,9 @@ def lock(layout: TaskLayout) -> int:
     return descriptor
 
 
-def create(attempt: Attempt, rootfs: RootfsReady, task: bundle.Task, filtered: bundle.Filter, environment: Mapping[str, str]) -> dict[str, int]:
+def create(
+    attempt: Attempt, rootfs: RootfsReady, task: bundle.Task, filtered: bundle.Filter, environment: Mapping[str, str]
+) -> dict[str, int]:
     """Mount the root, write the bundle, create the container → the descriptors to hold, by kind; its process waits for `start`.
 
     Raises CreateError, BundleError or OSError; `undo` then removes what there is.

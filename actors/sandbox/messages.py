@@ -11,7 +11,8 @@ from supervisor.frames import Message
 class RunTask(Message, frozen=True):
     """Create, start, wait for and delete a sandbox for a task that is recorded → TaskReleased, when all of it is over.
 
-    Meanwhile the gateway is told `TaskChanged` and `TaskEnded`.  Asked again for a task whose sandbox lives, it only waits for the same end.
+    Meanwhile the gateway is told `TaskChanged` and `TaskEnded`.  Asked again for a task whose sandbox lives, it only waits for the
+    same end.
     """
 
     task: str

@@ -169,4 +169,3 @@ def _advance(life: Life, effects: list[Effect]) -> tuple[Life, list[Effect]]:
         return life, effects
     life, more = _enter(life, found.then)
     return life, effects + more
-

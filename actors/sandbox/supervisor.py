@@ -74,8 +74,8 @@ class SandboxSupervisor(Supervisor):
             return reply
         recorded = self._services.store.write(
             (
-                "INSERT INTO tasks (task, number, spec, boot_id, accepted_at) "
-                "VALUES (?, (SELECT coalesce(max(number), 0) + 1 FROM tasks), ?, ?, ?)",
+                """INSERT INTO tasks (task, number, spec, boot_id, accepted_at)
+                VALUES (?, (SELECT coalesce(max(number), 0) + 1 FROM tasks), ?, ?, ?)""",
                 (task, msgspec.msgpack.encode(spec), self._services.boot_id, time.time()),
             )
         )

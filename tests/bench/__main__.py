@@ -94,7 +94,14 @@ def warm_task(daemon: Daemon, floor: Floor, rounds: int) -> Iterator[Row]:
         ours = statistics.median(figures[name])
         yield Row(work, f"{base:.1f} ms", f"{ours:.1f} ms", ours / base, f"at most {goal} x", ours / base <= goal)
     ours = percentile(figures["with"], 0.95)
-    yield Row(f"warm task, workspace of {FILES} files: p95", f"{base:.1f} ms", f"{ours:.1f} ms", ours / base, "at most 2.5 x", ours / base <= 2.5)
+    yield Row(
+        f"warm task, workspace of {FILES} files: p95",
+        f"{base:.1f} ms",
+        f"{ours:.1f} ms",
+        ours / base,
+        "at most 2.5 x",
+        ours / base <= 2.5,
+    )
 
 
 def at_once(daemon: Daemon, floor: Floor, workspace: str | None, rounds: int, turn: str) -> Row:
@@ -115,7 +122,9 @@ def at_once(daemon: Daemon, floor: Floor, workspace: str | None, rounds: int, tu
         ours.append(AT_ONCE / (time.perf_counter() - began))
     base, rate = statistics.median(floors), statistics.median(ours)
     what = f"workspace of {FILES} files" if workspace else "no workspace"
-    return Row(f"{AT_ONCE} at once, {what}", f"{base:.1f}/s", f"{rate:.1f}/s", rate / base, "at least 0.5 x", rate / base >= 0.5)
+    return Row(
+        f"{AT_ONCE} at once, {what}", f"{base:.1f}/s", f"{rate:.1f}/s", rate / base, "at least 0.5 x", rate / base >= 0.5
+    )
 
 
 def memory(daemon: Daemon) -> Iterator[Row]:

@@ -60,7 +60,7 @@ def wait_for_lines(daemon: Daemon, task: str, count: int) -> None:
         daemon.tree()  # made with the container; every look takes a moment
     follower, seen = Follower(output), 0
     while seen < count:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, (seen, daemon.command("result", task), daemon.log.read_text()[-3000:])
         seen += sum(chunk.data.count(b"\n") for chunk in follower.read() if chunk.stream == "stdout")
         if seen < count:
             follower.wait(1.0)

@@ -10,7 +10,10 @@ import pytest
 from tests.actors.image.images import RunningRegistry, directory, member, symlink, tar
 from tests.node.daemon import Daemon, running
 
-APPLETS = "sh echo cat sleep id pwd ls dd mkdir rm mv cp ln seq md5sum true false kill head tail wc env touch chmod stat find sync ip mknod df yes"
+APPLETS = (
+    "cat chmod cp dd df echo env false find head id ip kill ln ls md5sum mkdir mknod mv pwd rm seq sh sleep stat sync tail "
+    "touch true wc yes"
+)
 
 
 def busybox_layer() -> bytes:
@@ -30,7 +33,9 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegist
 @pytest.fixture(scope="session")
 def image(registry: RunningRegistry) -> str:
     repository = registry.repository("busybox")
-    repository.push(busybox_layer(), tag="1", process={"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "Cmd": ["/bin/sh"], "User": "root"})
+    repository.push(
+        busybox_layer(), tag="1", process={"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "Cmd": ["/bin/sh"], "User": "root"}
+    )
     return repository.reference("1")
 
 

@@ -49,7 +49,11 @@ class Daemon:
         earlier = self._process
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, PROGRAM, "daemon", *options], env=self.environment, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, PROGRAM, "daemon", *options],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         waited = self.command("wait", "--timeout", "60s")
         assert waited.returncode == 0, (waited, self.log.read_text()[-3000:])
@@ -82,7 +86,12 @@ class Daemon:
     def command(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         """Run run.py."""
         return subprocess.run(
-            [sys.executable, PROGRAM, *arguments], env=self.environment, capture_output=True, timeout=PATIENCE_S, check=False, **options
+            [sys.executable, PROGRAM, *arguments],
+            env=self.environment,
+            capture_output=True,
+            timeout=PATIENCE_S,
+            check=False,
+            **options,
         )
 
     @property
@@ -189,7 +198,9 @@ class Daemon:
         with INotify() as changed:
             changed.add_watch(str(directory), flags.DELETE)
             while list(directory.iterdir()):
-                assert changed.read(timeout=int(PATIENCE_S * 1000)), f"left: {list(directory.iterdir())}\n{self.log.read_text()[-3000:]}"
+                assert changed.read(timeout=int(PATIENCE_S * 1000)), (
+                    f"left: {list(directory.iterdir())}\n{self.log.read_text()[-3000:]}"
+                )
 
     def leavings(self) -> list[str]:
         """What is left of tasks: mounts, directories, control groups, monitors.  For when no task runs."""

@@ -15,7 +15,7 @@ import pytest
 from actors.gateway.client import Client, RequestFailed
 from actors.gateway.messages import ANSWERS, FRAME_BYTES_MAX, Ended, Failed, ListTasks, Ready, Submit
 from supervisor.frames import LENGTH, Codec, FrameBuffer
-from tests.actors.image.images import RunningRegistry, digest, directory, member, symlink, tar
+from tests.actors.image.images import RunningRegistry, digest, member, symlink, tar
 from tests.node.daemon import Daemon, running
 
 # --- images ---
@@ -132,7 +132,9 @@ def test_an_id_that_is_no_name_is_refused(daemon: Daemon, task: str) -> None:
 
 
 def test_a_full_queue_says_so(tmp_path: Path, image: str) -> None:
-    with running(tmp_path, image, AERIE_GATEWAY_PARALLEL="1", AERIE_GATEWAY_QUEUE="2", AERIE_DAEMON_DRAIN_TIMEOUT="0s") as daemon:
+    with running(
+        tmp_path, image, AERIE_GATEWAY_PARALLEL="1", AERIE_GATEWAY_QUEUE="2", AERIE_DAEMON_DRAIN_TIMEOUT="0s"
+    ) as daemon:
         for number in range(3):
             daemon.submit(["/bin/sleep", "100"], task=f"long-{number}")
         with pytest.raises(RequestFailed) as refused:

@@ -205,7 +205,9 @@ def test_fifty_at_once_each_with_its_own_result(daemon: Daemon) -> None:
 
 
 def test_batch_answers_each_line_as_soon_as_it_is_there(daemon: Daemon) -> None:
-    lines = [{"image": daemon.image, "command": ["/bin/sh", "-c", f"exit {number}"], "id": f"line-{number}"} for number in range(8)]
+    lines = [
+        {"image": daemon.image, "command": ["/bin/sh", "-c", f"exit {number}"], "id": f"line-{number}"} for number in range(8)
+    ]
     done = daemon.command("batch", "--parallel", "4", "-", input="".join(json.dumps(line) + "\n" for line in lines).encode())
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert {answer["task"]: answer["exit_code"] for answer in answers} == {f"line-{number}": number for number in range(8)}
@@ -247,7 +249,9 @@ def wait_for_output(daemon: Daemon, task: str, text: bytes) -> None:
     """Wait until a running task has printed `text`."""
     from actors.output.follower import Follower
 
-    follower = Follower(daemon.state / "tasks" / task / "output") if (daemon.state / "tasks" / task / "output").exists() else None
+    follower = (
+        Follower(daemon.state / "tasks" / task / "output") if (daemon.state / "tasks" / task / "output").exists() else None
+    )
     deadline = time.monotonic() + 30
     seen = b""
     while text not in seen:

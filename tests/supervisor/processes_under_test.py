@@ -54,4 +54,6 @@ def wait(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
 
 def report(text: str, descriptors: list[int]) -> Report:
     opened = [int(name) for name in os.listdir("/proc/self/fd")]
-    return Report(text, os.getpid(), sorted(number for number in opened if number > 2)[: len(descriptors) + 3], "pykka" in sys.modules)
+    return Report(
+        text, os.getpid(), sorted(number for number in opened if number > 2)[: len(descriptors) + 3], "pykka" in sys.modules
+    )

@@ -25,7 +25,8 @@ class Stranger(Message, frozen=True):
 
 CODEC = Codec(Ping, Pong, size_bytes_max=1000)
 messages = st.one_of(
-    st.builds(Ping, number=st.integers(-(2**63), 2**63 - 1), text=st.text(max_size=50)), st.builds(Pong, body=st.binary(max_size=200))
+    st.builds(Ping, number=st.integers(-(2**63), 2**63 - 1), text=st.text(max_size=50)),
+    st.builds(Pong, body=st.binary(max_size=200)),
 )
 
 

@@ -205,7 +205,7 @@ def test_a_store_that_did_not_change_gives_the_same_files(workspaces: Callable[[
 
 
 def test_the_listing_costs_what_was_promised(workspace: Workspace, store: Path) -> None:
-    """A thousand files, small objects already there: every warm task waits for it.  (5 ms unchanged, 15 ms changed, when quiet.)"""
+    """A thousand files, small objects already there: every warm task waits for it.  (5 ms, 15 ms when something changed.)"""
     for number in range(1000):
         write(store / f"d{number % 20}/f{number}", "x" * 100)
     assert index(workspace).missing == 0
