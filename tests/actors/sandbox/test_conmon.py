@@ -359,7 +359,10 @@ def test_the_attempt_is_held_by_conmon_alone(laboratory: Laboratory, runtime: Ru
 
 
 def test_conmon_is_killed_and_no_line_is_lost(laboratory: Laboratory, runtime: Runtime) -> None:
-    script = "i=0; while [ $i -lt 100 ]; do i=$((i+1)); echo out $i; echo err $i >&2; [ $i = 30 ] && while [ ! -e go ]; do sleep 0.01; done; done; exit 7"
+    script = (
+        "i=0; while [ $i -lt 100 ]; do i=$((i+1)); echo out $i; echo err $i >&2; "
+        "[ $i = 30 ] && while [ ! -e go ]; do sleep 0.01; done; done; exit 7"
+    )
     sandbox = laboratory.create(runtime, *shell(script))
     sandbox.ends = conmon.pipe_ends(sandbox.created)
     sandbox.start()
