@@ -184,7 +184,20 @@ def test_renames_copy_nothing(workspace: Workspace, store: Path) -> None:
     outcome = workspace.sync()
     assert (outcome.outcome, outcome.files) == ("synced", 1), "only the one that was written was uploaded"
     assert sorted(workspace.tree()) == sorted(
-        "a a2 moved new new/dir new/dir/added new/dir/renamed new/dir/sub new/dir/sub/file swap swap/one swap/two".split()
+        [
+            "a",
+            "a2",
+            "moved",
+            "new",
+            "new/dir",
+            "new/dir/added",
+            "new/dir/renamed",
+            "new/dir/sub",
+            "new/dir/sub/file",
+            "swap",
+            "swap/one",
+            "swap/two",
+        ]
     )
     assert {
         "big": (store / "moved").stat().st_ino,
