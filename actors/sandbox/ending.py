@@ -7,7 +7,7 @@ The words are INTERFACE's.  `reason` is the first that applies:
     signalled            a signal ended it; `signal` is set and `exit_code` is not
     exited               it ended by itself, `exit 139` included
     lost                 nobody can know
-    None                 it never ran, and nobody had asked it to end
+    None                 it never ran, which is no way to end; `error` says why
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def conclude(*, ran: bool, status: int | None, stop_cause: Cause | None, oom_kil
     `error`: what is known to have gone wrong besides.
     """
     if not ran:
-        return Ending("failed", stop_cause, error=error or (None if stop_cause is None else NEVER_RAN))
+        return Ending("failed", None, error=error or (None if stop_cause is None else NEVER_RAN))
     if status is None:
         if stop_cause is None:
             return Ending("failed", "lost", error=error or LOST)
