@@ -56,7 +56,9 @@ def test_nobody_can_know() -> None:
 
 def test_a_task_that_never_ran() -> None:
     assert conclude(ran=False, status=None, stop_cause=None, oom_kills=0, error="why") == Ending("failed", None, error="why")
-    assert conclude(ran=False, status=None, stop_cause="cancelled", oom_kills=0) == Ending("failed", None, error=ending.NEVER_RAN)
+    assert conclude(ran=False, status=None, stop_cause="cancelled", oom_kills=0) == Ending(
+        "failed", None, error=ending.NEVER_RAN
+    )
     # the status is that of a container whose command was never started
     assert conclude(ran=False, status=KILLED, stop_cause=None, oom_kills=0, error="why").exit_code is None
 
