@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup packages control-groups run test lint bench clean
+.PHONY: help setup packages control-groups run test lint bench soak clean
 
 # Debian's own, whatever else is on the PATH: its header files are the ones that are installed.
 PYTHON3 ?= /usr/bin/python3
@@ -65,6 +65,9 @@ test: lint
 
 bench: setup
 	$(PYTHON) -m tests.bench $(BENCH)
+
+soak: setup
+	$(PYTHON) -m tests.faults.storm --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -25,5 +26,15 @@ def main(arguments: list[str]) -> int:
     return command(arguments)
 
 
+def hold_standard_streams() -> None:
+    """Open /dev/null as each standard stream that is closed: else the next socket has its number, and what is printed goes there."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+
+
 if __name__ == "__main__":
+    hold_standard_streams()
     sys.exit(main(sys.argv[1:]))

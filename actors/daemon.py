@@ -19,7 +19,7 @@ DRAIN_MARGIN_S = 30.0  # over `daemon.drain_timeout`: stopping, syncing back and
 PRELOAD = ("actors.mount.serve", "actors.mount.process", "actors.image.process", "actors.output.process")
 
 
-def main(take_over: bool = False, stand_in: bool = False) -> int:
+def main(take_over: bool = False) -> int:
     """Be the daemon's keeper in the foreground → the exit code."""
     checked = subprocess.run([sys.executable, PROGRAM, "process", "check"], stdout=subprocess.PIPE, check=False)
     if checked.returncode:
@@ -27,32 +27,37 @@ def main(take_over: bool = False, stand_in: bool = False) -> int:
     known = json.loads(checked.stdout)
     # Every process below has them: whoever looks at one sees to which daemon it belongs, and all agree on where things lie.
     os.environ |= known["directories"]
+    return keep(known["drain_timeout_s"], take_over)
 
+
+def keep(drain_timeout_s: float, take_over: bool = False, stand_in: bool = False) -> int:
+    """Be the keeper of the daemon whose directories are in the environment → the exit code."""
     from supervisor.keeper import Plan, run_keeper
 
     plan = Plan(
         directory=Path(os.environ["AERIE_RUN_DIR"]),
         root_argv=process_argv("root"),
         fork_server_argv=process_argv("fork-server"),
-        drain_timeout_s=known["drain_timeout_s"] + DRAIN_MARGIN_S,
+        drain_timeout_s=drain_timeout_s + DRAIN_MARGIN_S,
     )
     return run_keeper(plan, take_over, stand_in)
 
 
-def process_argv(name: str) -> list[str]:
+def process_argv(name: str, *arguments: str) -> list[str]:
     """How a process of the daemon is started: by the same program, under a name that ps shows."""
-    return [sys.executable, str(PROGRAM), "process", name]
+    return [sys.executable, str(PROGRAM), "process", name, *arguments]
 
 
 def process(name: str, arguments: list[str]) -> int:
     """Be one of the daemon's own processes: `check`, `root`, `fork-server` or `stand-in`."""
     match name:
         case "stand-in":
-            return main(stand_in=True)
+            return keep(float(arguments[0]), stand_in=True)  # what was checked when the daemon was started is not checked again
         case "fork-server":
             from supervisor.forkserver import main as serve_forks
 
-            serve_forks(int(arguments[0]), Path(os.environ["AERIE_RUN_DIR"]) / "forkserver.lock", PRELOAD)
+            run = Path(os.environ["AERIE_RUN_DIR"])
+            serve_forks(run / "forkserver.sock", run / "forkserver.lock", PRELOAD)
         case "root":
             from actors.node import main as supervise
 

@@ -110,7 +110,9 @@ def gather(settings: Settings, layout: Layout) -> Services:
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     watcher = Watcher()
     watcher.start()
-    descriptors = Descriptors(layout.run / "keeper.sock", process_argv("stand-in"), watcher)
+    descriptors = Descriptors(
+        layout.run / "keeper.sock", process_argv("stand-in", str(settings.daemon.drain_timeout_s)), watcher
+    )
     descriptors.connect()
     return Services(
         settings=settings,

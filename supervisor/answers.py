@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class Vital:
+    """A message for which somebody would wait for ever: a full inbox takes it all the same, for there is one to each wait."""
+
+
 @dataclass(frozen=True)
-class Answer:
+class Answer(Vital):
     """To the request with that number."""
 
     request: int
@@ -17,7 +21,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Refused:
+class Refused(Vital):
     """The request has no answer: its handler failed or said no, or there is nobody of that name."""
 
     request: int
@@ -25,7 +29,7 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Worked:
+class Worked(Vital):
     """What the function that was given to the worker pool under `key` has returned."""
 
     key: Any
@@ -33,7 +37,7 @@ class Worked:
 
 
 @dataclass(frozen=True)
-class WorkFailed:
+class WorkFailed(Vital):
     """What it has raised."""
 
     key: Any

@@ -14,6 +14,7 @@ import signal
 import socket
 
 PR_SET_NAME = 15  # prctl(2)
+ENDING = (signal.SIGTERM, signal.SIGINT)  # blocked while a process is forked, until it has handlers of its own
 
 
 def name_process(name: str) -> None:
@@ -35,8 +36,9 @@ def run_entry(name: str, entry: str, end: int, descriptors: list[int], arguments
     name_process(name)
     # The fork server's handlers are not ours, and a child of it is ended by SIGTERM and SIGINT like any process.
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+    for number in (*ENDING, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     os.setsid()  # a terminal's ^C is for the keeper, which drains; it must not reach a process that serves a mount
     only_these([end, *descriptors])
     faulthandler.enable()  # SIGABRT too: how a watchdog asks a hung process where it is before killing it

@@ -12,7 +12,6 @@ import socket
 import time
 from array import array
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from supervisor.frames import Codec, FrameError, Message
@@ -102,18 +101,3 @@ class Channel:
 
     def close(self) -> None:
         self.socket.close()
-
-
-def listen_at(path: Path, kind: int) -> socket.socket:
-    """A Unix socket of that kind that listens at `path`, for root only, in place of one that a dead process left there.
-
-    It listens before it has that name: who waits for the name to appear is never refused.
-    """
-    listener = socket.socket(socket.AF_UNIX, kind)
-    unnamed = path.with_name(f".{path.name}.{os.getpid()}")
-    unnamed.unlink(missing_ok=True)
-    listener.bind(str(unnamed))
-    unnamed.chmod(0o600)
-    listener.listen(128)
-    unnamed.rename(path)
-    return listener

@@ -13,16 +13,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from inotify_simple import INotify, flags
 from loguru import logger
 
 from supervisor.channel import DESCRIPTORS_MAX, Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import FrameError
-from supervisor.keeping import FROM_KEEPER, AskState, Drop, Hello, Keep, Kept, KeptAll, State, Welcome
+from supervisor.keeping import FROM_KEEPER, AskState, Drop, Hello, Keep, Kept, KeptAll, State, Welcome, Yielded
+from supervisor.sockets import connect_to
 from supervisor.watch import Watcher
 
-NEW_KEEPER_S = 0.2  # how long another keeper that takes the place of one that yielded is given to listen
-STAND_IN_S = 10.0
+KEEPER_S = 10.0  # how long a keeper that takes the place of one that yielded, or a stand-in, is given to listen
 
 
 class KeeperLost(Exception):
@@ -43,6 +42,7 @@ class Descriptors:
         self._held: dict[str, int] = {}
         self._data: dict[str, bytes] = {}
         self._keeper: Channel | None = None
+        self._yielded = False
         self.welcome = Welcome(0, False, False)
 
     def connect(self) -> None:
@@ -95,10 +95,12 @@ class Descriptors:
     # --- with the lock held ---
 
     def _connect(self) -> None:
-        channel = self._reach(NEW_KEEPER_S)
+        # A keeper that was killed says nothing, and is stood in for at once: until then this process is the only holder.
+        channel = self._reach(KEEPER_S if self._yielded else 0.0)
+        self._yielded = False
         if channel is None:
             self._start_stand_in()
-            channel = self._reach(STAND_IN_S)
+            channel = self._reach(KEEPER_S)
         if channel is None:
             raise KeeperLost(f"no keeper listens on {self._path}, and none could be started")
         known = set()
@@ -113,34 +115,28 @@ class Descriptors:
                     for name, descriptor in zip(names, descriptors, strict=True):
                         if name in self._held:
                             os.close(descriptor)  # a copy of what is held here already
-                        else:
-                            self._held[name] = descriptor
-                            self._data.update({name: data[name]} if name in data else {})
+                            continue
+                        self._held[name] = descriptor
+                        self._data.update({name: data[name]} if name in data else {})
                 case KeptAll():
                     break
         self._keeper = channel
-        self._watcher.channel(channel, lambda *_: None, self._lost)
+        self._watcher.channel(channel, self._said, self._lost)
         self._send_all([name for name in self._held if name not in known])
 
     def _reach(self, timeout_s: float) -> Channel | None:
         """A connection to the keeper, as soon as it listens; None when it does not in time."""
-        with INotify() as appearing:
-            appearing.add_watch(str(self._path.parent), flags.CREATE | flags.MOVED_TO | flags.ATTRIB)
-            while True:
-                connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                try:
-                    connection.connect(str(self._path))
-                    return Channel(connection, FROM_KEEPER)
-                except (FileNotFoundError, ConnectionRefusedError):
-                    connection.close()
-                if not appearing.read(timeout=int(timeout_s * 1000)):
-                    return None
+        connection = connect_to(self._path, socket.SOCK_SEQPACKET, timeout_s)
+        return Channel(connection, FROM_KEEPER) if connection else None
 
     def _start_stand_in(self) -> None:
         logger.warning("the keeper is gone; a stand-in takes its place")
         child = subprocess.Popen(self._stand_in_argv, stdin=subprocess.DEVNULL, start_new_session=True)
         child_ended: Callable[[], object] = child.wait
         threading.Thread(target=child_ended, name="stand-in", daemon=True).start()  # reaps it when it yields
+
+    def _said(self, message: object, descriptors: list[int]) -> None:
+        self._yielded = isinstance(message, Yielded)
 
     def _lost(self) -> None:
         # In the watcher's thread, which must not wait for a new keeper.
@@ -155,7 +151,7 @@ class Descriptors:
                 try:
                     self._connect()
                 except (KeeperLost, ChannelClosed, ChannelTimeout, FrameError) as error:
-                    logger.error("{}; trying again", error or type(error).__name__)
+                    logger.error("{}; trying again", str(error) or type(error).__name__)
 
     def _send_all(self, names: list[str]) -> None:
         for start in range(0, len(names), DESCRIPTORS_MAX // 2):

@@ -23,5 +23,7 @@ class ForkFailed(Message, frozen=True):
     error: str
 
 
-REQUESTS = Codec(Fork, size_bytes_max=128 << 10)
-ANSWERS = Codec(Forked, ForkFailed)
+SIZE_BYTES_MAX = 128 << 10
+
+REQUESTS = Codec(Fork, size_bytes_max=SIZE_BYTES_MAX)
+ANSWERS = Codec(Forked, ForkFailed, size_bytes_max=SIZE_BYTES_MAX)

@@ -1,8 +1,8 @@
 """The fork server: one single-threaded process with the heavy imports preloaded, from which every isolated process is forked.
 
 A fork costs about 10 ms and shares the imports' memory; a fresh interpreter would cost ten times both.  The server knows
-its children only to reap them: its death hurts none of them, and whoever started it starts another, which listens on the
-same socket (the keeper holds it), so that a request made in between waits in the backlog and is not refused.
+its children only to reap them: its death hurts none of them, and whoever started it starts another, which takes its place at the
+same path; who asks in between waits for it there (`isolation`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import NoReturn
 
 import multiprocess  # type: ignore[import-untyped]
 
-from supervisor.boot import name_process, run_entry
-from supervisor.channel import Channel, ChannelClosed
+from supervisor.boot import ENDING, name_process, run_entry
+from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.forkprotocol import REQUESTS, Fork, Forked, ForkFailed
 from supervisor.frames import FrameError, Message
 from supervisor.lockfile import LockFile
+from supervisor.sockets import listen_at
 
 
 class ForkServer:
@@ -72,6 +73,8 @@ class ForkServer:
     def _answer(self, channel: Channel) -> None:
         try:
             request, descriptors = channel.receive(0)
+        except ChannelTimeout:
+            return
         except ChannelClosed:
             self._selector.unregister(channel.socket)
             self._sockets.remove(channel.socket)
@@ -94,10 +97,16 @@ class ForkServer:
                     os.close(descriptor)
 
     def _fork(self, request: Fork, descriptors: list[int]) -> int:
-        if request.entry.split(".")[0] not in self._packages or not descriptors:
+        module, _, function = request.entry.partition(":")
+        if module.partition(".")[0] not in self._packages or not function or not descriptors:
             raise ValueError(f"{request.entry} is no entry, or it came without a channel")
         process = self._context.Process(target=self._become, args=(request, descriptors), daemon=False)
-        process.start()
+        # A signal that comes before the child has given up this process's handlers waits until it has, and is not lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         return int(process.pid)
 
     def _become(self, request: Fork, descriptors: list[int]) -> None:
@@ -111,13 +120,13 @@ class ForkServer:
 
 def reply(channel: Channel, message: Message, descriptors: Sequence[int] = ()) -> None:
     try:
-        channel.send(message, descriptors)
-    except ChannelClosed:
-        pass  # who asked is gone; a child whose channel nobody holds ends by itself
+        channel.send(message, descriptors, 0)
+    except (ChannelClosed, ChannelTimeout):
+        pass  # who asked is gone or does not listen; a child whose channel nobody holds ends by itself
 
 
-def main(listener: int, lock: Path, preload: Sequence[str]) -> NoReturn:
-    """Serve on the listening socket with number `listener`; `preload` are the modules that hold the entries."""
+def main(path: Path, lock: Path, preload: Sequence[str]) -> NoReturn:
+    """Serve on a socket at `path`; `preload` are the modules that hold the entries."""
     name_process("fork server")
     if not LockFile(lock).acquire():
         os._exit(0)  # another one lives, and the keeper finds it by this lock
@@ -126,5 +135,5 @@ def main(listener: int, lock: Path, preload: Sequence[str]) -> NoReturn:
     # Collected now and frozen, so that no collection in a child touches, and so copies, the pages shared with us.
     gc.collect()
     gc.freeze()
-    ForkServer(socket.socket(fileno=listener), sorted({module.split(".")[0] for module in preload})).run()
+    ForkServer(listen_at(path, socket.SOCK_SEQPACKET), sorted({module.split(".")[0] for module in preload})).run()
     os._exit(0)  # not sys.exit: multiprocess would wait for the children, which are to outlive this process

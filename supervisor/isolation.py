@@ -7,12 +7,14 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.forkprotocol import ANSWERS, Fork, Forked, ForkFailed
-from supervisor.frames import Codec, Message
+from supervisor.frames import Codec, FrameError, Message
+from supervisor.sockets import connect_to
 
 
 class IsolationError(Exception):
@@ -79,15 +81,18 @@ class Isolation:
         raise IsolationError(f"{name}: the fork server died three times while it was asked for this process")
 
     def _ask(self, request: Fork, descriptors: list[int], timeout_s: float) -> tuple[int, int]:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(timeout_s)
+        connection = connect_to(Path(self.path), socket.SOCK_SEQPACKET, timeout_s)
+        if connection is None:
+            raise IsolationError(f"{request.name}: no fork server listens on {self.path}")
+        with connection:
+            server = Channel(connection, ANSWERS)
             try:
-                connection.connect(self.path)
-                server = Channel(connection, ANSWERS)
                 server.send(request, descriptors, timeout_s)
                 answer, came = server.receive(timeout_s)
-            except (OSError, ChannelTimeout) as error:
-                raise IsolationError(f"{request.name}: the fork server does not answer: {error}") from None
+            except ChannelTimeout:
+                raise IsolationError(f"{request.name}: the fork server does not answer within {timeout_s:g} s") from None
+            except FrameError as error:
+                raise IsolationError(f"{request.name}: {error}") from None
         match answer:
             case Forked(pid) if came:
                 return pid, came[0]

@@ -15,6 +15,7 @@ how a new version of the program comes in while tasks run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from supervisor.boot import name_process
-from supervisor.channel import Channel, ChannelClosed, ChannelTimeout, listen_at
+from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import FrameError, Message
 from supervisor.keeping import (
     FROM_KEEPER,
@@ -44,14 +45,15 @@ from supervisor.keeping import (
     State,
     Welcome,
     Yield,
+    Yielded,
     in_packets,
 )
 from supervisor.lockfile import LockFile, holder_of
 from supervisor.pidfd import open_pidfd, set_child_subreaper, signal_process, wait_status
+from supervisor.sockets import listen_at
 
 EXIT_REFUSES = 78  # EX_CONFIG: the root supervisor says that starting it again would end the same way
 EXIT_RUNNING = 3
-LISTENER = "listener/fork server"
 BACKOFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th start in a row of a part that did not live for RESET_S
 RESET_S = 10.0
 
@@ -60,8 +62,7 @@ RESET_S = 10.0
 class Plan:
     """What a keeper keeps: `directory` for its socket and lock; the argument vectors of its two parts.
 
-    The fork server gets the number of its listening socket as its last argument.  `drain_timeout_s` bounds a drain; a root
-    supervisor that takes longer is killed and started again to go on with it.
+    `drain_timeout_s` bounds a drain; a root supervisor that takes longer is killed and started again to go on with it.
     """
 
     directory: Path
@@ -145,12 +146,13 @@ class Keeper:
         self._held: dict[str, int] = {}
         self._data: dict[str, bytes] = {}
         self._selector = selectors.DefaultSelector()
-        self._fork_server = Part("fork server", plan.directory / "forkserver.lock", self._start_fork_server)
+        self._fork_server = Part("fork server", plan.directory / "forkserver.lock", lambda: spawn(plan.fork_server_argv))
         self._root = Part("root supervisor", plan.directory / "root.lock", lambda: spawn(plan.root_argv))
         self._parts = (self._fork_server, self._root)
         self._draining = False
         self._drain_deadline = 0.0
         self._exit_code: int | None = None
+        self._greeted: Channel | None = None  # where the root supervisor is
 
     def take(self, kept: Kept, descriptors: list[int]) -> None:
         """Hold what another keeper held."""
@@ -160,7 +162,7 @@ class Keeper:
         """Keep until a drain is done or the place is given up → the exit code."""
         set_child_subreaper()
         self._listen_for_signals()
-        listener = listen(self._plan.socket)
+        listener = listen_at(self._plan.socket, socket.SOCK_SEQPACKET)
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
         while self._exit_code is None:
             self._start_what_is_due()
@@ -170,13 +172,6 @@ class Keeper:
         return self._exit_code
 
     # --- children ---
-
-    def _start_fork_server(self) -> int:
-        # Its listening socket is held like the rest: who wants a process waits in its backlog while it is started again.
-        if LISTENER not in self._held:
-            self._held[LISTENER] = listen(self._plan.fork_server_socket).detach()
-        listener = self._held[LISTENER]
-        return spawn([*self._plan.fork_server_argv, str(listener)], [listener])
 
     def _start_what_is_due(self) -> None:
         now = time.monotonic()
@@ -285,6 +280,7 @@ class Keeper:
             case Hello():
                 channel.send(Welcome(os.getpid(), self._stand_in, self._draining))
                 self._hand_over(channel)
+                self._greeted = channel
                 if self._draining:
                     self._root.signal(signal.SIGTERM)
             case AskState():
@@ -297,9 +293,16 @@ class Keeper:
                 if take_over or self._stand_in:
                     say("another keeper takes this one's place")
                     self._hand_over(channel)
+                    self._tell_root()
                     self._exit_code = 0
                 else:
                     channel.send(Refused(os.getpid()))
+
+    def _tell_root(self) -> None:
+        """Tell the root supervisor that the place is given up, lest it start a stand-in."""
+        if self._greeted is not None:
+            with contextlib.suppress(ChannelClosed, ChannelTimeout):
+                self._greeted.send(Yielded(), timeout_s=0)
 
     def _hand_over(self, channel: Channel) -> None:
         for packet in in_packets(sorted(self._held), self._data):
@@ -318,6 +321,8 @@ class Keeper:
         self._data.update(data)
 
     def _close(self, channel: Channel) -> None:
+        if self._greeted is channel:
+            self._greeted = None
         self._selector.unregister(channel.socket)
         channel.close()
 
@@ -372,18 +377,13 @@ def take_place(plan: Plan, take_over: bool) -> list[tuple[Kept, list[int]]]:
     except (OSError, ChannelClosed, ChannelTimeout, FrameError) as error:
         pid = holder_of(plan.directory / "keeper.lock")
         raise AlreadyRunning(
-            f"already running, pid {pid}, but it does not answer on {plan.socket} ({error or type(error).__name__}): end it first"
+            f"already running, pid {pid}, but it does not answer on {plan.socket} ({str(error) or type(error).__name__}): end it first"
         ) from None
 
 
-def listen(path: Path) -> socket.socket:
-    """A SOCK_SEQPACKET socket that listens at `path`, for root only, in place of one that a dead process left there."""
-    return listen_at(path, socket.SOCK_SEQPACKET)
-
-
-def spawn(argv: Sequence[str], descriptors: Sequence[int] = ()) -> int:
-    """Start a program in a session of its own, with nothing open but 0, 1, 2 and `descriptors` → its pid."""
-    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True)
+def spawn(argv: Sequence[str]) -> int:
+    """Start a program in a session of its own, with nothing open but 0, 1 and 2 → its pid."""
+    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
     child.returncode = 0  # Popen must never reap it, nor warn: the keeper waits by pidfd, and its reaper is the only one
     return child.pid
 

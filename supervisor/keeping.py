@@ -47,6 +47,10 @@ class KeptAll(Message, frozen=True):
     """No more descriptors follow."""
 
 
+class Yielded(Message, frozen=True):
+    """To the root supervisor: this keeper ends, for another one takes its place and will listen in a moment."""
+
+
 class AskState(Message, frozen=True):
     """How the keeper's own children fare → `State`."""
 
@@ -74,7 +78,7 @@ class Refused(Message, frozen=True):
 
 
 TO_KEEPER = Codec(Hello, Keep, Drop, AskState, Yield, size_bytes_max=160 << 10)
-FROM_KEEPER = Codec(Welcome, Kept, KeptAll, State, Refused, size_bytes_max=160 << 10)
+FROM_KEEPER = Codec(Welcome, Kept, KeptAll, State, Refused, Yielded, size_bytes_max=160 << 10)
 
 
 def in_packets(names: list[str], data: dict[str, bytes]) -> list[Kept]:

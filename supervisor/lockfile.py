@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
+import signal
 from pathlib import Path
+
+from supervisor.pidfd import open_pidfd, signal_process
 
 
 class LockFile:
@@ -44,5 +48,33 @@ def holder_of(path: Path) -> int:
     lock = LockFile(path)
     try:
         return lock.holder()
+    finally:
+        lock.close()
+
+
+def evict(path: Path, timeout_s: float = 5.0) -> None:
+    """Kill who holds the lock at `path`, and wait for its end: a process whose parent died, and which may hang where nobody looks.
+
+    Raises TimeoutError.
+    """
+    lock = LockFile(path)
+    try:
+        pid = lock.holder()
+        try:
+            pidfd = open_pidfd(pid) if pid else -1
+        except ProcessLookupError:
+            pidfd = -1  # it has just ended
+        if pidfd < 0:
+            return
+        try:
+            # Still the holder after its pidfd was opened: so that is what the pidfd is of, and not who got its pid next.
+            if lock.holder() == pid:
+                signal_process(pidfd, signal.SIGKILL)
+                waiting = select.poll()
+                waiting.register(pidfd, select.POLLIN)
+                if not waiting.poll(timeout_s * 1000):
+                    raise TimeoutError(f"process {pid}, which holds {path}, cannot be killed")
+        finally:
+            os.close(pidfd)
     finally:
         lock.close()

@@ -40,6 +40,8 @@ class ChildSpec:
             raise SpecError("a child's id is empty")
         if not callable(self.start):
             raise SpecError(f"child {self.id}: start is {self.start!r}, which cannot be called")
+        if not isinstance(self.restart, Restart):
+            raise SpecError(f"child {self.id}: restart is {self.restart!r}; it must be one of Restart's")
         if self.shutdown_s is not None and self.shutdown_s < 0:
             raise SpecError(f"child {self.id}: shutdown_s is {self.shutdown_s!r}; it must be 0 or more, or None")
 
@@ -50,6 +52,7 @@ class Flags:
 
     None: it never gives up, and only pauses longer; for dynamic supervisors, whose children must not end each other.
     `backoff_s`: the pauses before the first, second… restart of a child in a row; the last one is repeated.
+    `start_timeout_s`: how long each static child may take to begin when its supervisor does.
     """
 
     intensity: int | None = 5
@@ -64,6 +67,8 @@ class Flags:
             raise SpecError(f"period_s is {self.period_s!r}; it must be more than 0")
         if not self.backoff_s or min(self.backoff_s) < 0:
             raise SpecError(f"backoff_s is {self.backoff_s!r}; it must be pauses of 0 s or more")
+        if self.start_timeout_s <= 0:
+            raise SpecError(f"start_timeout_s is {self.start_timeout_s!r}; it must be more than 0")
 
 
 def check_children(children: Sequence[ChildSpec]) -> None:

@@ -6,11 +6,11 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from supervisor.answers import Answer, Refused
+from supervisor.pool import Pool
 from supervisor.timers import Timers
 
 WORKERS_MAX = 48
@@ -40,14 +40,19 @@ class System:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what is put into a mailbox under it may be refused there, which takes it again
         self._expected: set[str] = set()
-        self._mailboxes: dict[str, tuple[int, Mailbox]] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
         self._requests: dict[int, Request] = {}
         self._numbers = itertools.count(1)
         self.timers = Timers()
         self.root: Root | None = None  # for whoever draws the tree
-        self.pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="worker")
+        self.pool = Pool(WORKERS_MAX)
+
+    def close(self) -> None:
+        """Give the threads back, when the tree has ended."""
+        self.timers.close()
+        self.pool.close()
 
     # --- names ---
 
@@ -55,25 +60,26 @@ class System:
         with self._lock:
             self._expected.add(name)
 
-    def register(self, name: str, generation: int, mailbox: Mailbox) -> None:
+    def register(self, name: str, mailbox: Mailbox) -> None:
         """An incarnation has begun: it gets what its predecessor has not answered, and what waited meanwhile."""
         with self._lock:
             self._expected.add(name)
-            self._mailboxes[name] = (generation, mailbox)
-            waiting = [request for request in self._requests.values() if request.target == name]
-        for request in waiting:
-            mailbox(request)
+            self._mailboxes[name] = mailbox
+            # With the lock held: what the same asker asks from now on must not overtake it.
+            for request in [request for request in self._requests.values() if request.target == name]:
+                mailbox(request)
 
-    def unregister(self, name: str, generation: int) -> None:
+    def unregister(self, name: str, mailbox: Mailbox) -> None:
         """An incarnation has ended.  A successor that has begun meanwhile keeps the name."""
         with self._lock:
-            if self._mailboxes.get(name, (generation,))[0] == generation:
-                self._mailboxes.pop(name, None)
+            if self._mailboxes.get(name) == mailbox:
+                del self._mailboxes[name]
 
     def forget(self, name: str) -> None:
         """There will be nobody of that name any more: who waits for an answer is refused."""
         with self._lock:
             self._expected.discard(name)
+            self._mailboxes.pop(name, None)
             refused = [request for request in self._requests.values() if request.target == name]
         for request in refused:
             self.answer(request, False, f"{name} has ended")
@@ -85,7 +91,7 @@ class System:
         found = self._mailboxes.get(name)
         if found is None:
             return False
-        found[1](message)
+        found(message)
         return True
 
     def request(self, name: str, message: Any, asker: Mailbox) -> int:
@@ -101,15 +107,15 @@ class System:
         if not expected:
             self.answer(request, False, f"there is no {name}")
         elif found is not None:
-            found[1](request)
+            found(request)
         return request.number
 
     def answer(self, request: Request, good: bool, value: Any) -> None:
-        """Answer a request; one that has been answered (by an earlier incarnation) is left alone."""
+        """Answer a request, or refuse it with a text or exception; one that has been answered already is left alone."""
         with self._lock:
             if self._requests.pop(request.number, None) is None:
                 return
-        request.asker(Answer(request.number, value) if good else Refused(request.number, str(value)))
+        request.asker(Answer(request.number, value) if good else Refused(request.number, str(value) or type(value).__name__))
 
     def ask(self, name: str, message: Any, timeout_s: float) -> Any:
         """Ask and wait; not for an actor's thread.  Raises TimeoutError; RuntimeError when it is refused."""

@@ -66,13 +66,15 @@ class Supervisor(Actor):
         for spec in self._specs:
             self.system.expect(spec.id)
         for spec in self._specs:
-            child = self.start_child(spec)
-            assert child.actor is not None
-            actor = child.actor
-            if not actor.begun.wait(self._flags.start_timeout_s) or actor.failed_to_begin:
-                reason = actor.failed_to_begin or f"not begun after {self._flags.start_timeout_s:g} s"
-                self._stop_children()
-                raise StartFailed(f"{spec.id}: {reason}")
+            actor = self.start_child(spec).actor
+            if actor is None:
+                reason: str | None = "it could not be made"  # why was logged
+            elif actor.begun.wait(self._flags.start_timeout_s):
+                reason = actor.failed_to_begin
+            else:
+                reason = f"not begun after {self._flags.start_timeout_s:g} s"
+            if reason is not None:
+                raise StartFailed(f"{spec.id}: {reason}")  # `on_end` stops those that were started
 
     def on_message(self, message: Any) -> Any:
         match message:
@@ -108,8 +110,14 @@ class Supervisor(Actor):
     def _launch(self, child: Child) -> None:
         child.generation += 1
         child.backoff = child.backoff.started(time.monotonic())
-        child.actor = child.spec.start()
-        child.actor.launch(child.generation, self.mailbox)
+        try:
+            actor = child.spec.start()
+            actor.launch(child.generation, self.mailbox)
+        except BaseException as error:  # noqa: BLE001 (a child that cannot even be made must not end its siblings)
+            logger.opt(exception=error).error("{} could not be made", child.spec.id)
+            self.mailbox(Exited(child.spec.id, child.generation, f"{type(error).__name__}: {error}"))
+        else:
+            child.actor = actor
 
     def _exited(self, child: Child, error: str | None) -> None:
         name, restart = child.spec.id, child.spec.restart
@@ -122,7 +130,7 @@ class Supervisor(Actor):
         self._window, too_many = self._window.add(now)
         if too_many and self._flags.intensity is not None:
             raise TooManyRestarts(
-                f"{self.name}: more than {self._flags.intensity} restarts in {self._flags.period_s:g} s, last: {name}"
+                f"more than {self._flags.intensity} in {self._flags.period_s:g} s; the last is {name} ({error})"
             )
         child.backoff, pause_s = child.backoff.ended(now)
         logger.warning("{} has ended ({}); it is started again in {:g} s", name, error or "normally", pause_s)
@@ -140,12 +148,15 @@ class Supervisor(Actor):
                     )
             self.system.forget(child.spec.id)
         self.children.clear()
+        for spec in self._specs:  # those whose turn never came, since one before them could not start
+            self.system.forget(spec.id)
 
 
 def _snapshot(child: Child) -> dict[str, Any]:
-    if isinstance(child.actor, Supervisor):
-        return {**child.actor.snapshot(), "restarts": child.restarts}
-    state = "restarting" if child.actor is None else "running" if child.actor.begun.is_set() else "starting"
+    actor = child.actor  # once: its supervisor may take it away meanwhile
+    if isinstance(actor, Supervisor):
+        return {**actor.snapshot(), "restarts": child.restarts}
+    state = "restarting" if actor is None else "running" if actor.begun.is_set() else "starting"
     return _row(child.spec.id, "actor", state, child.restarts)
 
 

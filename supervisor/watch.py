@@ -6,6 +6,7 @@ functions given are called in the watcher's thread and must only tell somebody; 
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from loguru import logger
 
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import FrameError
+from supervisor.pidfd import has_ended
+
+ROUND_MAX = 64  # messages taken from one channel before the others have their turn
 
 
 class Watcher:
@@ -23,17 +27,29 @@ class Watcher:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._ready: dict[int, Callable[[], None]] = {}
+        self._stopping = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    def stop(self) -> None:
+        """Call nobody any more, and give the thread back.  Not for the watcher's own thread; nothing else may be called after it."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        self._epoll.close()
+        os.close(self._wake)
+
     def process(self, pidfd: int, ended: Callable[[], None]) -> None:
         """Call `ended` once, when the process of `pidfd` has ended (it may not have been reaped yet)."""
 
         def once() -> None:
-            self.forget(pidfd)
-            ended()
+            # Asked again: when the event is an earlier one's, of which this descriptor has taken the number, nobody has died.
+            if has_ended(pidfd) and self.forget(pidfd):
+                ended()
 
         self._watch(pidfd, once)
 
@@ -46,37 +62,53 @@ class Watcher:
         descriptor = channel.fileno()
 
         def readable() -> None:
-            try:
-                while True:
-                    message, descriptors = channel.receive(0)
-                    arrived(message, descriptors)
-            except ChannelTimeout:
-                return
-            except ChannelClosed:
-                pass
-            except FrameError as error:
-                logger.error("a channel is closed, for its peer broke the protocol: {}", error)
-            except OSError:
-                if channel.fileno() < 0:
-                    return  # its owner closed it while a message was being read here
-                raise
-            self.forget(descriptor)
-            closed()
+            if self._take(channel, arrived, ROUND_MAX):
+                self.forget(descriptor)
+                closed()
 
         self._watch(descriptor, readable)
 
-    def forget(self, descriptor: int) -> None:
-        """Watch it no longer.  To be called before the descriptor is closed; one not watched is no error."""
-        if self._ready.pop(descriptor, None):
+    def last_words(self, channel: Channel, arrived: Callable[[Any, list[int]], None]) -> None:
+        """Take all that lies in a channel that is watched; for the `ended` of its process, which may come before it."""
+        if channel.fileno() in self._ready:
+            self._take(channel, arrived, None)
+
+    def forget(self, descriptor: int) -> bool:
+        """Watch it no longer → whether it was.  To be called before the descriptor is closed."""
+        watched = self._ready.pop(descriptor, None) is not None
+        if watched:
             self._epoll.unregister(descriptor)
+        return watched
 
     def _watch(self, descriptor: int, ready: Callable[[], None]) -> None:
+        self._epoll.register(descriptor, select.EPOLLIN)  # an event that comes before the next line comes again
         self._ready[descriptor] = ready
-        self._epoll.register(descriptor, select.EPOLLIN)
+
+    def _take(self, channel: Channel, arrived: Callable[[Any, list[int]], None], messages_max: int | None) -> bool:
+        """Take what has arrived → whether no more will come."""
+        taken = 0
+        try:
+            while messages_max is None or taken < messages_max:
+                arrived(*channel.receive(0))
+                taken += 1
+        except ChannelTimeout:
+            return False
+        except ChannelClosed:
+            return True
+        except FrameError as error:
+            logger.error("a channel is closed, for its peer broke the protocol: {}", error)
+            return True
+        except OSError:
+            if channel.fileno() < 0:
+                return False  # its owner closed it while a message was being read here
+            raise
+        return False
 
     def _run(self) -> None:
         while True:
             for descriptor, _ in self._epoll.poll():
+                if self._stopping:
+                    return
                 # Gone when it was forgotten after this round of events was collected.
                 ready = self._ready.get(descriptor)
                 if ready is None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from supervisor.actor import Actor
-from supervisor.answers import Worked, WorkFailed
+from supervisor.answers import Vital, Worked, WorkFailed
 from supervisor.channel import ChannelClosed, ChannelTimeout
 from supervisor.frames import Message
 from supervisor.isolation import Process
@@ -23,6 +24,7 @@ from supervisor.watch import Watcher
 
 SILENCE_S = 5.0  # without a sign of life a process that promised heartbeats is hung
 SEND_S = 0.5
+LOOK_AGAIN_S = 0.2
 DUMP_S = 0.2  # between SIGABRT, at which it says where it hangs, and SIGKILL
 
 
@@ -60,25 +62,62 @@ class _Start:
 
 
 @dataclass(frozen=True)
-class _Check:
+class _Died(Vital):
     worker: str
     generation: int
 
 
 @dataclass(frozen=True)
-class _Kill:
+class _Check(Vital):
     worker: str
     generation: int
+
+
+@dataclass(frozen=True)
+class _Kill(Vital):
+    worker: str
+    generation: int
+
+
+class _Making:
+    """A process on its way from the worker pool to its actor, which may have ended meanwhile: whoever is last gives it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: Process | None = None
+        self._give_back: Callable[[Process], None] | None = None
+
+    def run(self, make: Callable[[], Process]) -> None:
+        process = make()
+        with self._lock:
+            if self._give_back is None:
+                self._process = process
+            else:
+                self._give_back(process)
+
+    def take(self) -> Process:
+        with self._lock:
+            process, self._process = self._process, None
+        assert process is not None
+        return process
+
+    def abandon(self, give_back: Callable[[Process], None]) -> None:
+        with self._lock:
+            self._give_back = give_back
+            if self._process is not None:
+                give_back(self._process)
+                self._process = None
 
 
 class Worker:
     """One process of an actor's, by the name of `name`.
 
-    `start` makes the process (blocking; it runs in the worker pool).  `heartbeat`: whether the process promised one a second.
-    All methods are for the actor's own thread.
+    `heartbeat`: whether the process promised one a second.  `silence_s`: without a sign of life for so long it is hung, and so is
+    one that lives on for so long after it has closed its channel or broken the protocol.
+    All methods are for the actor's own thread; its `on_end` must `let_go`.
     """
 
-    def __init__(self, actor: Actor, watcher: Watcher, name: str, heartbeat: bool = True) -> None:
+    def __init__(self, actor: Actor, watcher: Watcher, name: str, heartbeat: bool = True, silence_s: float = SILENCE_S) -> None:
         self.name = name
         self.process: Process | None = None
         self.generation = 0
@@ -86,20 +125,22 @@ class Worker:
         self._actor = actor
         self._watcher = watcher
         self._heartbeat = heartbeat
+        self._silence_s = silence_s
         self._heard = False
+        self._suspected = False
         self._hung = False
-        self._starting = False
+        self._making: _Making | None = None
 
     @property
     def pid(self) -> int | None:
         return self.process.pid if self.process else None
 
     def start(self, make: Callable[[], Process]) -> None:
-        """Start the process, unless one runs or is being started."""
-        if self.process is None and not self._starting:
-            self._starting = True
+        """Start the process, unless one runs or is being started.  `make` blocks, and runs in the worker pool."""
+        if self.process is None and self._making is None:
+            self._making = _Making()
             self.generation += 1
-            self._actor.work(_Start(self.name, self.generation), make)
+            self._actor.work(_Start(self.name, self.generation), self._making.run, make)
 
     def adopt(self, process: Process) -> None:
         """Take a process that an earlier incarnation of the actor started."""
@@ -127,41 +168,54 @@ class Worker:
             self.process.signal(signal.SIGKILL)
 
     def let_go(self, alive: bool = False) -> None:
-        """Have done with the process, for an actor that ends: it is killed, for its work is asked for again; or left `alive`."""
-        if self.process is not None:
+        """Have done with the process, for an actor that ends: it is killed, for its work is asked for again; or left `alive`.
+
+        Nothing more is heard of it; nor of one that is just being started, to which the same happens.
+        """
+
+        def give_back(process: Process) -> None:
             if not alive:
-                self.kill()
-            self._forget(self.process)
+                process.signal(signal.SIGKILL)
+            process.close()
+
+        self.generation += 1
+        if self._making is not None:
+            self._making.abandon(give_back)
+            self._making = None
+        if self.process is not None:
+            self._unwatch(self.process)
+            give_back(self.process)
             self.process = None
 
     def take(self, message: Any) -> Started | Said | Ended | None:
         """What a message that arrived at the actor means for it; None when it is not this worker's, or stale."""
         match message:
-            case Worked(_Start(name, generation), process) if name == self.name:
-                if generation != self.generation:
-                    return None
-                self._starting = False
+            case Worked(_Start() as key, _) if self._is_mine(key) and self._making is not None:
+                process, self._making = self._making.take(), None
                 self._begin(process)
-                return Started(name, generation)
-            case WorkFailed(_Start(name, generation), error) if name == self.name:
-                if generation != self.generation:
-                    return None
-                self._starting = False
+                return Started(self.name, self.generation)
+            case WorkFailed(_Start() as key, error) if self._is_mine(key):
+                self._making = None
                 self.restarts += 1
-                return Ended(name, generation, f"it could not be started: {error}")
-            case Said(name, generation, _) if name == self.name and generation == self.generation:
+                return Ended(self.name, self.generation, f"it could not be started: {error}")
+            case Said() if self._is_mine(message):
                 self._heard = True
                 return message
-            case Ended(name, generation, how) if name == self.name and generation == self.generation and self.process:
-                self._forget(self.process)
+            case _Died() if self._is_mine(message) and self.process is not None:
+                how = _how(self.process.pidfd)
+                self._unwatch(self.process)
+                self.process.close()
                 self.process = None
                 self.restarts += 1
-                return Ended(name, generation, how, self._hung)
-            case _Check(name, generation) if name == self.name and generation == self.generation:
+                return Ended(self.name, self.generation, how, self._hung)
+            case _Check() if self._is_mine(message):
                 self._check()
-            case _Kill(name, generation) if name == self.name and generation == self.generation:
+            case _Kill() if self._is_mine(message):
                 self.kill()
         return None
+
+    def _is_mine(self, message: _Start | Said | _Died | _Check | _Kill) -> bool:
+        return message.worker == self.name and message.generation == self.generation
 
     def _begin(self, process: Process) -> None:
         self.process, self._hung = process, False
@@ -172,8 +226,15 @@ class Worker:
                 os.close(descriptor)  # a worker has none to give
             mailbox(Said(name, generation, message))
 
-        self._watcher.channel(process.channel, arrived, lambda: None)
-        self._watcher.process(process.pidfd, lambda: mailbox(Ended(name, generation, _how(process.pidfd))))
+        def closed() -> None:
+            self._actor.after(self._silence_s, _Kill(name, generation))
+
+        def ended() -> None:
+            self._watcher.last_words(process.channel, arrived)
+            mailbox(_Died(name, generation))
+
+        self._watcher.channel(process.channel, arrived, closed)
+        self._watcher.process(process.pidfd, ended)
         if self._heartbeat:
             self._heard = True
             self._check()
@@ -182,17 +243,21 @@ class Worker:
         if self.process is None:
             return
         if self._heard:
-            self._heard = False
-            self._actor.after(SILENCE_S, _Check(self.name, self.generation))
+            self._heard = self._suspected = False
+            self._actor.after(self._silence_s, _Check(self.name, self.generation))
+            return
+        if not self._suspected:
+            # Perhaps it was this process that did not run, and what was said lies unread.
+            self._suspected = True
+            self._actor.after(LOOK_AGAIN_S, _Check(self.name, self.generation))
             return
         self._hung = True
         self.process.signal(signal.SIGABRT)  # faulthandler writes where every thread is to the daemon's log
         self._actor.after(DUMP_S, _Kill(self.name, self.generation))
 
-    def _forget(self, process: Process) -> None:
+    def _unwatch(self, process: Process) -> None:
         self._watcher.forget(process.channel.fileno())
         self._watcher.forget(process.pidfd)
-        process.close()
 
 
 def _how(pidfd: int) -> str:

@@ -189,6 +189,7 @@ def batch(arguments: argparse.Namespace, settings: Settings) -> int:
 
     try:
         source = 0 if arguments.file == "-" else os.open(arguments.file, os.O_RDONLY | os.O_CLOEXEC)
+        os.read(source, 0)  # a directory, or what is open for writing only, says so here
     except OSError as error:
         raise UsageError(f"{arguments.file}: {error.strerror}") from None
     encode = msgspec.json.Encoder().encode

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from actors.gateway.messages import (
     ANSWERS,
@@ -36,6 +36,12 @@ ANSWER_TIMEOUT_S: Final = 30.0  # for a request that waits for nothing
 PATIENCE_S: Final = 60.0  # for a daemon that was there a moment ago
 STARTING_S: Final = 20.0  # for a gateway whose keeper is there
 KEEPER_SOCKET: Final = "keeper.sock"  # in the run directory; see supervisor.keeper
+POLL_MAX_MS: Final = (1 << 31) - 1  # poll(2) takes an int: 24 days
+NOBODY_THERE: Final = (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)
+
+
+class SupportsFileno(Protocol):
+    def fileno(self) -> int: ...
 
 
 class ClientError(Exception):
@@ -66,9 +72,9 @@ class RequestFailed(ClientError):
 
 
 class Client:
-    """A connection to the daemon of `run_dir`.  Raises NoDaemon when there is none."""
+    """A connection to the daemon of `run_dir`: `connection`, or a new one.  Raises NoDaemon when there is none."""
 
-    def __init__(self, run_dir: str | Path, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, run_dir: str | Path, patience_s: float = PATIENCE_S, connection: socket.socket | None = None) -> None:
         self._run_dir = Path(run_dir)
         self._patience_s = patience_s
         self._codec = Codec(*ANSWERS, size_bytes_max=FRAME_BYTES_MAX)
@@ -76,7 +82,7 @@ class Client:
         self._unread: list[Answer] = []
         self._last_number = 0
         self._incoming = FrameBuffer(self._codec)
-        self._socket = connect(self._run_dir)
+        self._socket = connection or connect(self._run_dir)
 
     def fileno(self) -> int:
         """The present connection's; another one after a restart of the daemon."""
@@ -146,9 +152,7 @@ class Client:
 
     def _read(self, deadline: float | None) -> bool:
         """Take in what arrives next, however little; False when nothing does in time, or will at all."""
-        waiting = select.poll()
-        waiting.register(self._socket, select.POLLIN)
-        if not waiting.poll(None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000)):
+        if not readable(self, deadline):
             return False
         try:
             data = self._socket.recv(1 << 16)
@@ -197,15 +201,27 @@ class Client:
                 self._socket.close()
 
 
+def readable(source: SupportsFileno, deadline: float | None) -> bool:
+    """Wait until `source` can be read or has ended, at the latest until `deadline` (monotonic; None: for ever) → whether it has."""
+    waiting = select.poll()
+    waiting.register(source.fileno(), select.POLLIN)
+    while True:
+        left_ms = None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000)
+        if waiting.poll(None if left_ms is None else min(left_ms, POLL_MAX_MS)):
+            return True
+        if left_ms is not None and left_ms <= POLL_MAX_MS:
+            return False
+
+
 def connect(run_dir: Path) -> socket.socket:
     """Connect to the gateway of `run_dir`; one that is about to start is waited for.  Raises NoDaemon, NotPermitted."""
     try:
         return _connect(run_dir / SOCKET_NAME, socket.SOCK_STREAM)
-    except (FileNotFoundError, ConnectionRefusedError):
+    except NOBODY_THERE:
         pass
     try:
         _connect(run_dir / KEEPER_SOCKET, socket.SOCK_SEQPACKET).close()
-    except (FileNotFoundError, ConnectionRefusedError):
+    except NOBODY_THERE:
         raise NoDaemon(_how_to_start(run_dir)) from None
     return wait_connect(run_dir, time.monotonic() + STARTING_S)
 
@@ -218,17 +234,17 @@ def wait_connect(run_dir: Path, deadline: float) -> socket.socket:
     from actors.gateway.arrival import watch_nearest  # not needed, and so not loaded, by nearly every command
 
     while True:
+        try:
+            signs = watch_nearest(run_dir)
+        except PermissionError:
+            raise _not_permitted(run_dir) from None
         # First watch, then try: what appears in between is an event.
-        with watch_nearest(run_dir) as signs:
+        with signs:
             try:
                 return _connect(run_dir / SOCKET_NAME, socket.SOCK_STREAM)
-            except (FileNotFoundError, ConnectionRefusedError):
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
+            except NOBODY_THERE:
+                if not readable(signs, deadline):
                     raise NoDaemon(_how_to_start(run_dir)) from None
-                waiting = select.poll()
-                waiting.register(signs.fileno(), select.POLLIN)
-                waiting.poll(left_s * 1000 + 1)
 
 
 def _connect(path: Path, kind: int) -> socket.socket:
@@ -237,13 +253,15 @@ def _connect(path: Path, kind: int) -> socket.socket:
         connection.connect(os.fspath(path))
     except PermissionError:
         connection.close()
-        raise NotPermitted(
-            f"permission denied: {path} is for root only; become root, or name your own daemon by AERIE_RUN_DIR"
-        ) from None
+        raise _not_permitted(path) from None
     except OSError:
         connection.close()
         raise
     return connection
+
+
+def _not_permitted(path: Path) -> NotPermitted:
+    return NotPermitted(f"permission denied: {path} is for root only; become root, or name your own daemon by AERIE_RUN_DIR")
 
 
 def _how_to_start(run_dir: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn
 from actors.quantities import QuantityError, parse_bytes, parse_cores, parse_seconds
 
 EXIT_USAGE: Final = 2
+EXIT_SYSTEM: Final = 74  # EX_IOERR
 EXIT_SETTINGS: Final = 78  # EX_CONFIG
 EXIT_INTERRUPTED: Final = 130
 EXIT_PIPE: Final = 141  # as if killed by SIGPIPE
@@ -24,12 +25,17 @@ def main(arguments: Sequence[str]) -> int:
     """Carry out a command line → the exit code."""
     options, command = _split(arguments)
     try:
-        given = _parser().parse_args(options)
-        return _run(given, command)
+        try:
+            return _run(_parser().parse_args(options), command)
+        finally:
+            print(end="", flush=True)  # what fails should fail here
     except BrokenPipeError:
-        # Whoever read our output has gone, as `head` does; and the interpreter must not find that out again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()  # whoever read it has gone, as `head` does
         return EXIT_PIPE
+    except OSError as error:
+        # What the system refuses a client is no fault of its code: a disk is full, a limit is reached.
+        _drop_output()
+        return _fail(EXIT_SYSTEM, error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -51,6 +57,11 @@ def _run(given: argparse.Namespace, command: list[str]) -> int:
         return _fail(EXIT_USAGE, error)
     except ClientError as error:
         return _fail(error.exit_code, error)
+
+
+def _drop_output() -> None:
+    """The interpreter must not try again at its end to write what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(code: int, error: Exception) -> int:
@@ -121,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     logs = add("logs", f"{reading}:logs", "print what a task printed")
     logs.add_argument("-f", "--follow", action="store_true", help="go on to its end")
     for command in (result, stop, logs):
-        command.add_argument("task", metavar="TASK")
+        command.add_argument("task", type=_text, metavar="TASK")
     add("tree", f"{reading}:tree", "show the daemon's supervisors, actors and processes")
     add("doctor", "actors.doctor:doctor", "try every part of this host that the daemon needs")
     demo = add("demo", "actors.demonstration:demo", "show the whole node at work, as `make run` does", json=False)
@@ -134,9 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("ls", f"{reading}:image_ls", "list the images of this node", to=images)
     mount = add("mount", f"{reading}:image_mount", "mount an image's root, read-only", to=images)
-    mount.add_argument("image", metavar="IMAGE")
+    mount.add_argument("image", type=_text, metavar="IMAGE")
     unmount = add("unmount", f"{reading}:image_unmount", "give a lease back", json=False, to=images)
-    unmount.add_argument("lease", metavar="LEASE")
+    unmount.add_argument("lease", type=_text, metavar="LEASE")
     return parser
 
 
@@ -161,6 +172,14 @@ def _checked(parse: Callable[[str], float]) -> Callable[[str], str]:
         return text
 
     return check
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text[:100]!a} is not UTF-8, and so is no name here") from None
+    return text
 
 
 def _at_least_one(text: str) -> int:

@@ -46,10 +46,15 @@ def json_shower() -> Show:
 
 
 def write(descriptor: int, data: bytes) -> None:
-    """All of `data`, past every buffer of Python's.  Raises BrokenPipeError."""
+    """All of `data`, past every buffer of Python's, also to what another program has made non-blocking.  Raises OSError."""
     left = memoryview(data)
     while left:
-        left = left[os.write(descriptor, left) :]
+        try:
+            left = left[os.write(descriptor, left) :]
+        except BlockingIOError:
+            waiting = select.poll()
+            waiting.register(descriptor, select.POLLOUT)
+            waiting.poll()
 
 
 def show_present(directory: Path, ended: bool, show: Show) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from loguru import logger
 
 from actors.gateway.messages import FRAME_BYTES_MAX, REQUESTS, Answer, Failed, Request, is_last
-from supervisor.channel import listen_at
 from supervisor.frames import Codec, FrameBuffer, FrameError
+from supervisor.sockets import listen_at
 
 UNSENT_BYTES_MAX = 16 << 20  # answers that a client does not read
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from actors.gateway.client import ANSWER_TIMEOUT_S, Client, NoDaemon, wait_connect
+from actors.gateway.client import ANSWER_TIMEOUT_S, Client, NoDaemon, readable, wait_connect
 from actors.gateway.messages import (
     EXIT_NOT_ENDED,
     Ended,
@@ -41,22 +41,32 @@ MOUNT_TIMEOUT_S = 86400.0  # building an image may take long and has a bound of 
 
 
 def wait(arguments: argparse.Namespace, settings: Settings) -> int:
-    deadline = time.monotonic() + arguments.timeout
-    wait_connect(Path(settings.run.dir), deadline).close()
-    client = Client(settings.run.dir, patience_s=max(0.0, deadline - time.monotonic()))
-    request = Ready(client.number())
-    client.send(request)
-    answer = client.receive(max(0.0, deadline - time.monotonic()), request.request)
-    if not isinstance(answer, IsReady):
-        raise NoDaemon(f"the daemon takes no tasks within {arguments.timeout:g} s: `run.py tree` and its log may say why")
-    if arguments.json:
-        show_json({"pid": answer.pid})
-    return 0
+    deadline: float = time.monotonic() + arguments.timeout
+
+    def left_s() -> float:
+        return max(0.0, deadline - time.monotonic())
+
+    while True:
+        connection = wait_connect(Path(settings.run.dir), deadline)
+        with Client(settings.run.dir, left_s(), connection) as client:
+            request = Ready(client.number())
+            client.send(request)
+            answer = client.receive(left_s(), request.request)
+            if isinstance(answer, IsReady):
+                if arguments.json:
+                    show_json({"pid": answer.pid})
+                return 0
+            # It is stopping: when it hangs up, the next one is waited for.
+            if answer is None or not readable(client, deadline):
+                error = f"the daemon takes no tasks within {arguments.timeout:g} s: `run.py tree` and its log may say why"
+                raise NoDaemon(error)
 
 
 def ps(arguments: argparse.Namespace, settings: Settings) -> int:
     client = Client(settings.run.dir)
-    results = [answer.result for answer in client.answers(ListTasks(client.number())) if isinstance(answer, Listed)]
+    # By task: a daemon that was started again in the middle of the list has begun it anew.
+    listed = (answer.result for answer in client.answers(ListTasks(client.number())) if isinstance(answer, Listed))
+    results = list({result.task: result for result in listed}.values())
     if arguments.json:
         show_json(results)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ EXIT_TIMEOUT, EXIT_FAILED, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND = (
 )  # as timeout(1), docker and the shell have them
 EXIT_SIGNAL = 128  # and the signal's number
 ERASE_LINE = "\r\x1b[K"
+COLUMNS = 80  # of a terminal that does not say
 
 
 class UsageError(Exception):
@@ -97,16 +98,28 @@ def environment(pairs: list[str]) -> dict[str, str]:
 
 
 def progress_line() -> Callable[[str], None]:
-    """A function that shows a text in place of the last one, on a terminal; the stderr of a script is the task's alone."""
-    if not sys.stderr.isatty():
+    """A function that shows a text in place of the last one, on a terminal; the stderr of a script is the task's alone.
+
+    An empty text ends it, and erases nothing but what was shown by it: the line may be the task's.
+    """
+    if not os.isatty(2):
         return lambda text: None
-    return lambda text: print(f"{ERASE_LINE}{text}", end="", file=sys.stderr, flush=True)
+    shown = False
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if text or shown:
+            columns = os.get_terminal_size(2).columns or COLUMNS  # a line that wraps could not be erased
+            print(f"{ERASE_LINE}{text[: columns - 1]}", end="", file=sys.stderr, flush=True)
+        shown = bool(text)
+
+    return show
 
 
 def submit(arguments: argparse.Namespace, settings: Settings) -> int:
     given = vars(arguments) | {"env": environment(arguments.env)}
     spec = specification(given, settings.sandbox)
-    task = arguments.id or new_task_id()
+    task = new_task_id() if arguments.id is None else arguments.id
     checked(task, spec)
     client = Client(settings.run.dir)
     request = Submit(client.number(), task, spec, arguments.wait)
@@ -135,12 +148,18 @@ def _submit(client: Client, request: Submit, as_json: bool) -> int:
 
 def _follow(client: Client, request: Submit) -> int:
     from actors.gateway.following import follow, show_bytes
+    from actors.output.journal import Chunk
 
     show_progress = progress_line()
+
+    def show(chunks: Iterable[Chunk]) -> None:
+        show_progress("")
+        show_bytes(chunks)
+
     try:
         place = client.ask(Logs(client.number(), request.task), progress=show_progress)
         assert isinstance(place, LogDirectory)
-        result = follow(client, request.request, Path(place.path), show_bytes, show_progress)
+        result = follow(client, request.request, Path(place.path), show, show_progress)
     except KeyboardInterrupt:
         show_progress("")
         print(f"{request.task} runs on: `run.py logs -f {request.task}`, `run.py stop {request.task}`", file=sys.stderr)

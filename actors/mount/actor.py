@@ -14,6 +14,7 @@ from typing import Any
 from loguru import logger
 
 from actors.lazytree import mounts
+from actors.lazytree.connection import collect, write_down
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import ObjectTable
 from actors.lazytree.wire import Progress, ReadFailed, Ready, ServeTree
@@ -88,8 +89,12 @@ class MountActor(Actor):
             self._minor = found[str(self._layout.workspace_lazy)].minor
         if (mark := self._layout.workspace_home / "name").exists():
             self._workspace = mark.read_text()
-        if self._services.descriptors.get(self._fuse) is not None and self._mounted:
-            self._find_server()
+        if self._mounted and self._minor:
+            if self._services.descriptors.get(self._fuse) is None and (found_again := collect(self._layout.workspace_home)):
+                connection, init_request = found_again
+                self._services.descriptors.keep({self._fuse: connection}, {self._fuse: init_request})
+            if self._services.descriptors.get(self._fuse) is not None:
+                self._find_server()
 
     def on_end(self, reason: object) -> None:
         self._server.let_go(alive=True)
@@ -206,6 +211,7 @@ class MountActor(Actor):
         )
         # Kept as well, so that the next root supervisor can watch and hear it.
         descriptors.keep({self._pidfd: os.dup(process.pidfd), self._channel: os.dup(process.channel.fileno())})
+        write_down(self._layout.workspace_home, process, order.init_request)
         return process
 
     def _find_server(self) -> None:

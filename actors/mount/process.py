@@ -13,15 +13,27 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from actors.lazytree.objects import Objects
 from actors.mount.indexing import Indexer
 from actors.mount.listing import TreeTooLarge, make_listing_durable
 from actors.mount.sync import sync
-from actors.mount.wire import JOBS, TEXT_BYTES_MAX, Indexed, IndexWorkspace, JobFailed, Progress, Synced, SyncWorkspace
+from actors.mount.wire import (
+    JOBS,
+    TEXT_BYTES_MAX,
+    Indexed,
+    IndexWorkspace,
+    JobFailed,
+    Progress,
+    Synced,
+    SyncerArguments,
+    SyncWorkspace,
+)
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
-from supervisor.frames import Message
+from supervisor.frames import Codec, Message
+from supervisor.lockfile import LockFile
 
 HEARTBEAT_S = 1.0
 INDEXING_MAX, SYNCING_MAX = 2, 4  # jobs at once; a listing never waits for an upload
@@ -34,6 +46,8 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     """The entry: do jobs until the channel is closed; jobs in hand then end with the process."""
     for descriptor in descriptors:
         os.close(descriptor)
+    order: SyncerArguments = Codec(SyncerArguments).decode(arguments)
+    LockFile(Path(order.lock)).acquire(wait=True)  # held for as long as this process lives; a predecessor may be dying
     # A listing makes some hundred thousand objects; collections on the way would cost as much as the rest.  One comes after it.
     gc.freeze()
     gc.disable()

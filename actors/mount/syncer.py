@@ -16,6 +16,7 @@ from actors.services import SYNCER, Services
 from supervisor.actor import Actor
 from supervisor.frames import Message
 from supervisor.isolation import Process
+from supervisor.lockfile import evict
 from supervisor.processes import ProcessRow
 from supervisor.tree import System
 from supervisor.worker import Ended, Said, Started, Worker
@@ -91,7 +92,10 @@ class SyncerActor(Actor):
                 self._worker.send(job)
 
     def _make(self) -> Process:
-        return self._services.isolation.start(SYNCER, "actors.mount.process:serve", wire.Progress(0, 0), wire.ANSWERS)
+        lock = self._services.layout.run / "syncer.lock"
+        evict(lock)
+        order = wire.SyncerArguments(str(lock))
+        return self._services.isolation.start(SYNCER, "actors.mount.process:serve", order, wire.ANSWERS)
 
 
 def keep_for_later(home: Path, store: str) -> None:

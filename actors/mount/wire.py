@@ -12,6 +12,12 @@ from supervisor.frames import Codec, Message
 TEXT_BYTES_MAX = 32 << 10  # of all the paths in one answer
 
 
+class SyncerArguments(Message, frozen=True):
+    """`lock`: a file that a syncer locks for its life; the next one's parent finds by it one that was left behind."""
+
+    lock: str
+
+
 class IndexWorkspace(Message, frozen=True):
     """Make META, object table and listing of `store`, which is made if it is missing, in the task's `directory`.
 

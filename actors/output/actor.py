@@ -20,6 +20,7 @@ from supervisor.actor import Actor
 from supervisor.answers import Deferred
 from supervisor.frames import Message
 from supervisor.isolation import Process
+from supervisor.lockfile import evict
 from supervisor.processes import ProcessRow
 from supervisor.tree import System
 from supervisor.worker import Ended, Said, Started, Worker
@@ -134,5 +135,8 @@ class OutputActor(Actor):
         self._worker.send(wire.PumpTask(task, directory, streams), readers)
 
     def _make(self) -> Process:
-        lock = str(self._services.layout.run / "mover.lock")
-        return self._services.isolation.start(MOVER, "actors.output.process:serve", wire.MoverArguments(lock), wire.ANSWERS)
+        lock = self._services.layout.run / "mover.lock"
+        evict(lock)
+        return self._services.isolation.start(
+            MOVER, "actors.output.process:serve", wire.MoverArguments(str(lock)), wire.ANSWERS
+        )

@@ -15,7 +15,9 @@ from actors.output.journal import Chunk, Journal
 JOURNAL: Final = "journal"
 GAPS: Final = "gaps"
 SPILLS: Final = {"stdout": "stdout.spill", "stderr": "stderr.spill"}
+AFTER_JOURNAL: Final = {"gap": GAPS, **SPILLS}
 READ_BYTES: Final = 1 << 20
+GROWTH: Final = flags.MODIFY | flags.CREATE | flags.MOVED_TO  # inotify's events of a directory that has more to read
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -31,8 +33,8 @@ class Position(msgspec.Struct, frozen=True):
     torn: bool = False
 
 
-class Follower:
-    """Reads `directory` from `position`.  Its files may appear later, the directory itself is there."""
+class Reader:
+    """Reads `directory` from `position`.  Its files may appear later."""
 
     def __init__(self, directory: str | Path, position: Position | None = None) -> None:
         self._directory = Path(directory)
@@ -42,8 +44,6 @@ class Follower:
         self._offsets = {"stdout": position.stdout, "stderr": position.stderr, "gap": position.gaps}
         self._torn = position.torn
         self._files: dict[str, int] = {}
-        self._inotify = INotify(nonblocking=True)
-        self._inotify.add_watch(str(self._directory), flags.MODIFY | flags.CREATE | flags.MOVED_TO)
 
     @property
     def position(self) -> Position:
@@ -52,35 +52,23 @@ class Follower:
             self._journal.position, self._offsets["stdout"], self._offsets["stderr"], self._offsets["gap"], self._torn
         )
 
-    def fileno(self) -> int:
-        """Readable when the directory may have grown."""
-        return int(self._inotify.fileno())
-
-    def wait(self, timeout_s: float | None) -> bool:
-        """Wait until it may have grown; False when the time is over."""
-        waiting = select.poll()
-        waiting.register(self._inotify.fileno(), select.POLLIN)
-        return bool(waiting.poll(None if timeout_s is None else timeout_s * 1000))
-
     def read(self, bytes_max: int = READ_BYTES) -> list[Chunk]:
         """What there is after the position, at most about `bytes_max`; nothing when all was read."""
-        self._inotify.read(timeout=0)  # what is read now need not wake anybody later
+        # conmon is dead when a spill or a gap record appears, so the journal is complete then.  Looked for before the journal's
+        # end is: after it, what conmon wrote in between would come behind the spills.
+        complete = [(stream, file) for stream, name in AFTER_JOURNAL.items() if (file := self._open(name)) is not None]
         journal = self._open(JOURNAL)
-        data = os.pread(journal, bytes_max, self._read) if journal is not None else b""
-        if data:
+        while journal is not None and (data := os.pread(journal, bytes_max, self._read)):
             self._read += len(data)
-            return self._journal.feed(data)
-        # Nobody writes to a spill while conmon lives, and conmon is dead when one appears: so the journal is complete then.
-        chunks = []
-        if any(self._open(name) is not None for name in SPILLS.values()):
-            chunks += self._torn_record()
-        for stream, name in (("gap", GAPS), *SPILLS.items()):
-            file = self._open(name)
-            data = os.pread(file, bytes_max, self._offsets[stream]) if file is not None else b""
-            if data:
+            if chunks := self._journal.feed(data):
+                return chunks
+        if complete and (torn := self._torn_record()):
+            return torn
+        for stream, file in complete:
+            if data := os.pread(file, bytes_max, self._offsets[stream]):
                 self._offsets[stream] += len(data)
-                chunks.append(Chunk(stream, data))
-        return chunks
+                return [Chunk(stream, data)]
+        return []
 
     def finish(self) -> list[Chunk]:
         """All that is left, once the task has ended and nobody writes any more."""
@@ -90,7 +78,6 @@ class Follower:
         return chunks + self._torn_record()
 
     def close(self) -> None:
-        self._inotify.close()
         for file in self._files.values():
             os.close(file)
         self._files.clear()
@@ -107,3 +94,34 @@ class Follower:
             except FileNotFoundError:
                 return None
         return self._files[name]
+
+
+class Follower(Reader):
+    """A reader that can be waited for.  The directory itself is there; raises OSError when it is not."""
+
+    def __init__(self, directory: str | Path, position: Position | None = None) -> None:
+        super().__init__(directory, position)
+        self._inotify = INotify(nonblocking=True)
+        try:
+            self._inotify.add_watch(str(directory), GROWTH)
+        except OSError:
+            self._inotify.close()
+            raise
+
+    def fileno(self) -> int:
+        """Readable when the directory may have grown."""
+        return int(self._inotify.fileno())
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Wait until it may have grown; False when the time is over."""
+        waiting = select.poll()
+        waiting.register(self._inotify.fileno(), select.POLLIN)
+        return bool(waiting.poll(None if timeout_s is None else timeout_s * 1000))
+
+    def read(self, bytes_max: int = READ_BYTES) -> list[Chunk]:
+        self._inotify.read(timeout=0)  # before the files: what grows from now on wakes who waits
+        return super().read(bytes_max)
+
+    def close(self) -> None:
+        self._inotify.close()
+        super().close()

@@ -10,7 +10,10 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-RECORD: Final = re.compile(rb"[^ \n]+ (stdout|stderr) ([PF]) ([^\n]*)\n")
+HEADER: Final = rb"[^ \n]+ (stdout|stderr) "
+# conmon stamps all lines of one read alike, so a run of F records with one header is one match: Python sees `yes` as chunks.
+RECORDS: Final = re.compile(rb"(?m)^(%b)(?:F ([^\n]*\n(?:\1F [^\n]*\n)*+)|P ([^\n]*)\n)" % HEADER)
+TORN: Final = re.compile(rb"%b[PF] ([^\n]*)" % HEADER)
 
 
 class Chunk(NamedTuple):
@@ -28,7 +31,7 @@ class Journal:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[Chunk]:
-        """The records that are whole with `data`, which follows what was fed before.
+        """What the records hold that are whole with `data`, which follows what was fed before; neighbours of one stream are one chunk.
 
         A line that is no record (nobody but conmon writes here, but a disk may be full in the middle of one) is left out.
         """
@@ -36,15 +39,19 @@ class Journal:
         end = data.rfind(b"\n") + 1
         self._rest = data[end:]
         self.position += end
-        chunks = []
-        for match in RECORD.finditer(data, 0, end):
-            stream, kind, text = match.groups()
-            chunks.append(Chunk(stream.decode(), text + b"\n" if kind == b"F" else text))
-        return chunks
+        runs: list[tuple[bytes, list[bytes]]] = []
+        for match in RECORDS.finditer(data, 0, end):
+            header, stream, full, partial = match.groups()
+            # Exact: each newline in `full` ends a record of the task's own newline, and this header follows all but the last.
+            text = partial if full is None else full.replace(b"\n" + header + b"F ", b"\n")
+            if not runs or runs[-1][0] != stream:
+                runs.append((stream, []))
+            runs[-1][1].append(text)
+        return [Chunk(stream.decode(), b"".join(texts)) for stream, texts in runs]
 
     def torn(self) -> Chunk | None:
         """What a record holds whose writer was killed before its end; None when there is none.  Only once nobody writes any more."""
-        match = RECORD.fullmatch(self._rest + b"\n")
+        match = TORN.fullmatch(self._rest)
         if match is None:
             return None
-        return Chunk(match[1].decode(), match[3])
+        return Chunk(match[1].decode(), match[2])

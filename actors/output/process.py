@@ -6,22 +6,24 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from inotify_simple import INotify, flags
 
-from actors.output.follower import Follower
-from actors.output.lines import LineSplitter
-from actors.output.pump import DiskFull, Pump, record_gap
-from actors.output.sinks import SinkPosition, name_of, open_sink
+from actors.output.course import RECORD_S, Course
+from actors.output.follower import GROWTH
+from actors.output.pump import Pump
+from actors.output.sinks import KINDS, SinkPosition, name_of
 from actors.output.wire import (
     ORDERS,
     Drained,
     FinishTask,
     FollowTask,
-    ForgetTask,
     Moved,
     MoverArguments,
     Progress,
@@ -29,15 +31,12 @@ from actors.output.wire import (
     PumpTask,
     SinkFailed,
 )
-from actors.sandbox.messages import Sink
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Codec, Message
 from supervisor.lockfile import LockFile
 
 HEARTBEAT_S = 1.0
-RECORD_S = 0.5  # between two reports of a sink's position
 RETRY_S = 0.5  # before a sink or a spill that failed is tried again
-TURN_BYTES = 1 << 20  # read for one sink before the next one has its turn
 
 
 def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
@@ -48,88 +47,35 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     Mover(Channel(end, ORDERS)).run()
 
 
-class Course:
-    """One task's output on its way to one sink."""
-
-    def __init__(self, task: str, directory: str, sink: Sink, position: SinkPosition) -> None:
-        self.task = task
-        self.name = name_of(sink)
-        self.finishing = False
-        self.failing = False
-        self._follower = Follower(directory, position.source)
-        self._splitters = {"stdout": LineSplitter(position.stdout_rest), "stderr": LineSplitter(position.stderr_rest)}
-        self._sink = open_sink(sink, task, position)
-        self._untaken: list[tuple[str, list[bytes]]] = []
-        self._dirty = False
-        self._recorded_s = 0.0
-
-    def fileno(self) -> int:
-        return self._follower.fileno()
-
-    def move(self) -> bool:
-        """Bring lines to the sink → whether there may be more at once.  Raises OSError when the sink takes none; nothing is lost."""
-        if not self._untaken:
-            chunks = self._follower.read(TURN_BYTES)
-            if not chunks and self.finishing:
-                chunks = self._follower.finish()
-            lines = [
-                (chunk.stream, self._splitters[chunk.stream].feed(chunk.data)) for chunk in chunks if chunk.stream != "gap"
-            ]
-            if not chunks and self.finishing:
-                lines = [(stream, splitter.flush()) for stream, splitter in self._splitters.items()]
-            self._untaken = [(stream, piece) for stream, piece in lines if piece]
-            if chunks:
-                self._dirty = True
-        more = bool(self._untaken)
-        while self._untaken:
-            self._sink.take(*self._untaken[0])
-            self._untaken.pop(0)
-            self._dirty = True
-        return more
-
-    def record(self, now_s: float, at_once: bool) -> SinkPosition | None:
-        """The sink's position, made durable, when it has moved and it is time to say so."""
-        if not self._dirty or self._untaken or (not at_once and now_s - self._recorded_s < RECORD_S):
-            return None
-        self._dirty, self._recorded_s = False, now_s
-        rests = self._splitters
-        return SinkPosition(self._follower.position, rests["stdout"].rest, rests["stderr"].rest, self._sink.make_durable())
-
-    def close(self) -> None:
-        self._follower.close()
-        self._sink.close()
-
-
 class Mover:
     """The event loop."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._selector = selectors.DefaultSelector()
+        self._growth = INotify(nonblocking=True)  # one for all directories: a user may have 128
         self._courses: dict[tuple[str, str], Course] = {}
         self._pumps: dict[str, list[Pump]] = {}
         self._ready: dict[tuple[str, str], None] = {}  # courses that may have something to move, in turn
-        self._timers: list[tuple[float, Callable[[], None]]] = []
+        self._timers: dict[Hashable, tuple[float, Callable[[], Any]]] = {}
         self._open = True
 
     def run(self) -> None:
         self._selector.register(self._channel.socket, selectors.EVENT_READ, self._obey)
+        self._selector.register(self._growth, selectors.EVENT_READ, self._look)
         self._beat()
         while self._open:
             for key, _ in self._selector.select(0.0 if self._ready else self._pause_s()):
-                if key.fd in self._selector.get_map():
-                    key.data()
+                key.data()
             self._run_timers()
-            for name in list(self._ready):
-                self._move(name)
+            if self._ready:  # one turn of one course; then pumps, orders and the heartbeat have theirs
+                self._move(next(iter(self._ready)))
 
     # --- orders ---
 
     def _obey(self) -> None:
         try:
-            message, descriptors = self._channel.receive(0)
-        except ChannelTimeout:
-            return
+            message, descriptors = self._channel.receive()
         except ChannelClosed:
             self._open = False
             return
@@ -138,29 +84,19 @@ class Mover:
                 self._follow(message)
             case FinishTask(task):
                 self._finish(task)
-            case ForgetTask(task):
-                for name in [name for name in self._courses if name[0] == task]:
-                    self._drop(name)
             case PumpTask(task, directory, streams):
                 self._start_pump(task, Path(directory), streams, descriptors)
 
     def _follow(self, order: FollowTask) -> None:
         for sink in order.sinks:
             name = (order.task, name_of(sink))
-            if name in self._courses:
-                continue
-            saved = order.positions.get(name[1])
-            position = msgspec.msgpack.decode(saved, type=SinkPosition) if saved else SinkPosition()
-            try:
-                course = Course(order.task, order.directory, sink, position)
-            except (OSError, ValueError) as error:
-                self._say(SinkFailed(order.task, name[1], str(error)))
-                if isinstance(error, OSError):
-                    self._after(RETRY_S, lambda: self._follow(order))
-                continue
-            self._courses[name] = course
-            self._selector.register(course, selectors.EVENT_READ, lambda name=name: self._ready.setdefault(name))
-            self._ready[name] = None
+            if sink.kind not in KINDS:
+                self._say(SinkFailed(*name, f"there is no sink of the kind {sink.kind!r}"))
+            elif name not in self._courses:
+                saved = order.positions.get(name[1])
+                position = msgspec.msgpack.decode(saved, type=SinkPosition) if saved else SinkPosition()
+                self._courses[name] = Course(order.task, order.directory, sink, position)
+                self._ready[name] = None
 
     def _finish(self, task: str) -> None:
         names = [name for name in self._courses if name[0] == task]
@@ -170,41 +106,56 @@ class Mover:
         if not names:
             self._say(Drained(task))
 
+    # --- courses ---
+
+    def _look(self) -> None:
+        """Courses whose directories have grown are ready; one that failed waits for its time."""
+        events = list(self._growth.read(timeout=0))
+        watches = {event.wd for event in events}
+        lost = any(event.mask & flags.Q_OVERFLOW for event in events)  # events were, and it may have been anywhere
+        for name, course in self._courses.items():
+            if (lost or course.watch in watches) and ("retry", name) not in self._timers:
+                self._ready[name] = None
+
     def _move(self, name: tuple[str, str]) -> None:
         del self._ready[name]
-        course = self._courses.get(name)
-        if course is None:
-            return
+        course = self._courses[name]
         try:
+            if course.watch is None and not course.finishing:  # before the first read: what is written after it must be told
+                course.watch = self._growth.add_watch(course.directory, GROWTH)
             more = course.move()
             position = course.record(time.monotonic(), at_once=course.finishing and not more)
         except OSError as error:
+            course.close()
             if not course.failing:
                 course.failing = True
-                self._say(SinkFailed(course.task, course.name, str(error)))
-            self._after(RETRY_S, lambda: self._ready.setdefault(name))
+                self._say(SinkFailed(*name, str(error)))
+            self._after(RETRY_S, ("retry", name), partial(self._wake, name))
             return
-        course.failing = False
+        if not course.dirty:
+            course.failing = False
         if position is not None:
-            self._say(Moved(course.task, course.name, msgspec.msgpack.encode(position)))
+            self._say(Moved(*name, msgspec.msgpack.encode(position)))
         if more:
             self._ready[name] = None  # at the end of the queue: a loud task does not keep the others waiting
         elif course.finishing:
             self._drop(name)
             if not any(task == course.task for task, _ in self._courses):
                 self._say(Drained(course.task))
-        else:
-            self._after(RECORD_S, lambda: self._record_later(name))
+        elif course.dirty:
+            self._after(RECORD_S, ("record", name), partial(self._wake, name))
 
-    def _record_later(self, name: tuple[str, str]) -> None:
+    def _wake(self, name: tuple[str, str]) -> None:
         if name in self._courses:
             self._ready[name] = None
 
     def _drop(self, name: tuple[str, str]) -> None:
         course = self._courses.pop(name)
-        self._ready.pop(name, None)
-        self._selector.unregister(course)
         course.close()
+        # A directory has one watch, however often asked for.
+        if course.watch is not None and all(other.watch != course.watch for other in self._courses.values()):
+            with suppress(OSError):  # EINVAL: the directory was removed, and the watch with it
+                self._growth.rm_watch(course.watch)
 
     # --- pumps ---
 
@@ -213,31 +164,35 @@ class Mover:
             for reader in readers:
                 os.close(reader)
             return
-        record_gap(directory)
-        pumps = self._pumps[task] = [Pump(directory, stream, reader) for stream, reader in zip(streams, readers, strict=True)]
-        for pump in list(pumps):
-            self._selector.register(pump.reader, selectors.EVENT_READ, lambda pump=pump: self._pump(task, pump))
-            self._pump(task, pump)
+        self._pumps[task] = [Pump(directory, stream, reader) for stream, reader in zip(streams, readers, strict=True)]
+        for pump in self._pumps[task]:
+            self._watch_pipe(task, pump)
+        self._end_pumps(task)
+
+    def _watch_pipe(self, task: str, pump: Pump) -> None:
+        self._selector.register(pump.reader, selectors.EVENT_READ, partial(self._pump, task, pump))
 
     def _pump(self, task: str, pump: Pump) -> None:
         try:
             if pump.move():
+                pump.failing = False
                 return
-        except DiskFull as error:
-            self._say(SinkFailed(task, "spill", str(error)))
-            self._selector.unregister(pump.reader)
-            self._after(RETRY_S, lambda: self._pump_again(task, pump))
+        except OSError as error:
+            if not pump.failing:
+                pump.failing = True
+                self._say(SinkFailed(task, "spill", str(error)))
+            self._selector.unregister(pump.reader)  # it stays readable, and would be all that this loop does
+            self._after(RETRY_S, pump, partial(self._watch_pipe, task, pump))
             return
         self._selector.unregister(pump.reader)
         pump.close()
         self._pumps[task].remove(pump)
+        self._end_pumps(task)
+
+    def _end_pumps(self, task: str) -> None:
         if not self._pumps[task]:
             del self._pumps[task]
             self._say(Pumped(task))
-
-    def _pump_again(self, task: str, pump: Pump) -> None:
-        self._selector.register(pump.reader, selectors.EVENT_READ, lambda: self._pump(task, pump))
-        self._pump(task, pump)
 
     # --- time and words ---
 
@@ -248,7 +203,7 @@ class Mover:
             pass  # a heartbeat that nobody has room for is of no use later
         except ChannelClosed:
             self._open = False
-        self._after(HEARTBEAT_S, self._beat)
+        self._after(HEARTBEAT_S, "beat", self._beat)
 
     def _say(self, message: Message) -> None:
         """What must not be lost: waits for the parent, who reads or is replaced."""
@@ -257,15 +212,15 @@ class Mover:
         except ChannelClosed:
             self._open = False
 
-    def _after(self, delay_s: float, call: Callable[[], Any]) -> None:
-        self._timers.append((time.monotonic() + delay_s, call))
+    def _after(self, delay_s: float, key: Hashable, call: Callable[[], Any]) -> None:
+        """Make a call later: one for each key, however often it is asked for meanwhile."""
+        self._timers.setdefault(key, (time.monotonic() + delay_s, call))
 
     def _pause_s(self) -> float:
-        return max(0.0, min(due for due, _ in self._timers) - time.monotonic())
+        return max(0.0, min(due for due, _ in self._timers.values()) - time.monotonic())
 
     def _run_timers(self) -> None:
         now = time.monotonic()
-        due = [call for moment, call in self._timers if moment <= now]
-        self._timers = [timer for timer in self._timers if timer[0] > now]
-        for call in due:
+        for key in [key for key, (due, _) in self._timers.items() if due <= now]:
+            _, call = self._timers.pop(key)
             call()

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 from loguru import logger
 
 from actors.output.follower import Position
 from actors.sandbox.messages import Sink
+
+Line = tuple[str, bytes]  # its stream, and its bytes with the newline
 
 
 class SinkPosition(msgspec.Struct, frozen=True):
@@ -27,24 +29,29 @@ class SinkPosition(msgspec.Struct, frozen=True):
 
 
 class Taker(Protocol):
-    def take(self, stream: str, lines: Sequence[bytes]) -> None:
-        """Take lines of one stream, in their order.  Raises OSError when it has not taken them all; the same are given again."""
+    def take(self, lines: Sequence[Line]) -> None:
+        """Take lines, in their order.  Raises OSError; some may have been taken then, and a new one goes on from what is on record."""
 
     def make_durable(self) -> int:
-        """What was taken survives a power cut from now on → the sink's length in bytes."""
+        """What was taken survives a power cut from now on → the sink's length in bytes.  Raises OSError, as `take` does."""
 
     def close(self) -> None: ...
 
 
+# A task's bytes must not drive the terminal that shows the log, nor begin a line of their own in it.
+CONTROLS: Final = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code != ord("\t")}
+
+
 class ConsoleSink:
-    """Logs each line with its task and stream.  Lines in flight when the mover is killed come twice."""
+    """Logs each line with its task and stream, control characters escaped.  Lines in flight when the mover is killed come twice."""
 
     def __init__(self, task: str) -> None:
         self._task = task
 
-    def take(self, stream: str, lines: Sequence[bytes]) -> None:
-        for line in lines:
-            logger.info("{} {}: {}", self._task, stream, line.rstrip(b"\n").decode("utf-8", "backslashreplace"))
+    def take(self, lines: Sequence[Line]) -> None:
+        for stream, line in lines:
+            text = line.removesuffix(b"\n").decode("utf-8", "backslashreplace").translate(CONTROLS)
+            logger.info("{} {}: {}", self._task, stream, text)
 
     def make_durable(self) -> int:
         return 0
@@ -54,21 +61,28 @@ class ConsoleSink:
 
 
 class FileSink:
-    """Appends lines to a file, which is cut to `length_bytes` first: what is behind that was taken and not recorded."""
+    """Appends lines to a file, which is cut to `length_bytes` first: what is behind that was taken and not recorded.
+
+    Raises OSError when it cannot be opened.
+    """
 
     def __init__(self, path: str, length_bytes: int) -> None:
         os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        self._length = length_bytes
-        if os.fstat(self._file).st_size > length_bytes:
-            os.ftruncate(self._file, length_bytes)
+        try:
+            # Shorter only when somebody else has cut or removed it: a hole in its place would bring nothing back.
+            self._length = min(length_bytes, os.fstat(self._file).st_size)
+            os.ftruncate(self._file, self._length)
+        except OSError:
+            os.close(self._file)
+            raise
 
-    def take(self, stream: str, lines: Sequence[bytes]) -> None:
-        data = memoryview(b"".join(lines))
-        done = 0
-        while done < len(data):  # at the offset, so that what a full disk cut short is written over
-            done += os.pwrite(self._file, data[done:], self._length + done)
-        self._length += len(data)
+    def take(self, lines: Sequence[Line]) -> None:
+        left = memoryview(b"".join(line for _, line in lines))
+        while left:
+            written = os.pwrite(self._file, left, self._length)
+            self._length += written
+            left = left[written:]
 
     def make_durable(self) -> int:
         os.fdatasync(self._file)
@@ -78,14 +92,14 @@ class FileSink:
         os.close(self._file)
 
 
+KINDS: Final = ("console", "file")
+
+
 def open_sink(sink: Sink, task: str, position: SinkPosition) -> Taker:
-    """The sink that `sink` describes, which goes on from `position`.  Raises OSError; ValueError for a kind that there is not."""
-    match sink.kind:
-        case "console":
-            return ConsoleSink(task)
-        case "file":
-            return FileSink(sink.path, position.length_bytes)
-    raise ValueError(f"no sink is called {sink.kind!r}")
+    """The sink that `sink` describes, whose kind is one of KINDS; it goes on from `position`.  Raises OSError."""
+    if sink.kind == "console":
+        return ConsoleSink(task)
+    return FileSink(sink.path, position.length_bytes)
 
 
 def name_of(sink: Sink) -> str:

@@ -5,6 +5,8 @@ Whatever is ordered is ordered again of a successor; each order may be carried o
 
 from __future__ import annotations
 
+from typing import Final
+
 from actors.sandbox.messages import Sink
 from supervisor.frames import Codec, Message
 
@@ -27,10 +29,6 @@ class FollowTask(Message, frozen=True):
 class FinishTask(Message, frozen=True):
     """Nobody writes to the task's output any more → Drained when every sink has it all."""
 
-    task: str
-
-
-class ForgetTask(Message, frozen=True):
     task: str
 
 
@@ -59,7 +57,7 @@ class Pumped(Message, frozen=True):
 
 
 class SinkFailed(Message, frozen=True):
-    """A sink does not take lines; they are kept and tried again."""
+    """A sink (or a spill, which is called "spill") does not take lines; they are kept and tried again.  Once for each outage."""
 
     task: str
     sink: str
@@ -73,5 +71,8 @@ class Progress(Message, frozen=True):
     pumped: int
 
 
-ORDERS = Codec(FollowTask, FinishTask, ForgetTask, PumpTask)
-ANSWERS = Codec(Moved, Drained, Pumped, SinkFailed, Progress)
+# A position holds a partial line of each stream (lines.LINE_BYTES_MAX), FollowTask the positions of all sinks: of four at least.
+# The kernel takes packets of up to net.core.wmem_default, 208 KiB.
+FRAME_BYTES_MAX: Final = 160 << 10
+ORDERS: Final = Codec(FollowTask, FinishTask, PumpTask, size_bytes_max=FRAME_BYTES_MAX)
+ANSWERS: Final = Codec(Moved, Drained, Pumped, SinkFailed, Progress, size_bytes_max=FRAME_BYTES_MAX)

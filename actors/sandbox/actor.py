@@ -415,7 +415,7 @@ class SandboxActor(Actor):
     def _conclude(self) -> TaskResult:
         """The result, from everything that is known by now."""
         pidfd = self._services.descriptors.get(held("container", self._task))
-        status = None if pidfd is None else wait_status(pidfd)
+        status = self._record.status if pidfd is None else wait_status(pidfd)
         ended = Fact.ENDED in self._life.facts
         refused = self._exec_refused(status) if ended and status is not None else None
         if refused is not None:

@@ -138,6 +138,17 @@ def find(container: Container) -> Created | None:
         os.close(conmon)
 
 
+def exit_code(container: Container) -> int | None:
+    """The exit code as conmon wrote it down when the container ended; None when it has not.
+
+    It is 128 + n after signal n, and the same after `exit 128+n`: for when nobody holds the pidfd that could tell.
+    """
+    try:
+        return int((container.monitor / "exits" / container.id).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def start(container: Container, timeout_s: float) -> None:
     """Let a created container execute its command; one that was started already is left as it is.
 

@@ -24,6 +24,7 @@ class Record:
     started_at: float | None = None
     started_boot_s: float | None = None
     ended_at: float | None = None
+    status: int | None = None  # the wait status, where it is known from elsewhere than a held pidfd
     stop_cause: ending.Cause | None = None
     error: str | None = None
     failure: Failure | None = None

@@ -7,6 +7,7 @@ A SandboxActor always starts with this look; for a new task there is nothing to 
     another boot's intent                    nobody can know how it ended: it is lost
     its process is there                     adopt it; the runtime says whether the command was started
     its process has ended, and is held       the kernel knows its wait status
+    no process, and conmon wrote its end     it has ended; code 128 + n leaves open whether by signal n or by itself
     no process, and none was ever created    begin anew
     no process, and nothing is held          nobody can know how it ended: it is lost
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,6 +36,7 @@ from actors.services import Services
 
 CREATED = frozenset({Fact.IMAGE, Fact.WORKSPACE, Fact.CREATED, Fact.INTENDED})
 STARTED = CREATED | {Fact.START_ASKED, Fact.STARTED}
+SIGNALLED = 128
 LOST = "nobody can know how it ended: {}; its output and workspace up to then are kept. Run it again if that is safe"
 
 
@@ -72,6 +75,8 @@ def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) ->
     if boot_id != services.boot_id:
         return _lost(found, "the machine was started again while it ran")
     if services.descriptors.get(held("container", task)) is None and not _collect(services, task, attempt):
+        if (code := conmon.exit_code(attempt.container)) is not None:
+            return _ended(found, code)
         if (attempt.layout.monitor / "pid").exists() and started_at is not None:
             return _lost(found, "its process and everybody who watched it were killed")
         return _anew(services, task, found, attempt)
@@ -92,6 +97,16 @@ def _anew(services: Services, task: str, found: Found, attempt: Attempt) -> Foun
         services.descriptors.drop(*(held(kind, task) for kind in making.HELD))
         found.attempt += 1
         services.store.write(("UPDATE tasks SET attempt = ? WHERE task = ?", (found.attempt, task))).result()
+    return found
+
+
+def _ended(found: Found, code: int) -> Found:
+    """It ended while nobody of the daemon lived.  conmon has written its last output before it wrote down the code."""
+    found.record.status = code << 8
+    if SIGNALLED < code <= SIGNALLED + signal.NSIG:
+        found.record.status = code - SIGNALLED
+        found.record.note(f"it ended while the daemon was down; it may have ended itself with exit code {code}")
+    found.phase, found.facts = Phase.RUNNING, STARTED | {Fact.ENDED, Fact.OUTPUT_WHOLE}
     return found
 
 

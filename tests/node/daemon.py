@@ -18,7 +18,7 @@ from inotify_simple import INotify, flags
 
 from actors.gateway.client import Client
 from actors.gateway.messages import Ended, Submit, TaskResult, TaskSpec, Tree, TreeShown, Wait
-from actors.lazytree.mounts import mounts_below
+from actors.lazytree.mounts import mounts_below, unmount
 from actors.output.follower import Follower
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run.py"
@@ -171,6 +171,14 @@ class Daemon:
             if pid != other_than:
                 return pid
         raise TimeoutError(name)
+
+    def clear_away(self) -> None:
+        """End and unmount everything, after a failure that left it in no state to do so itself."""
+        while pids := self.processes():
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        for mount in mounts_below(str(self.state.parent)):
+            unmount(mount.target, lazily=True)
 
     # --- what it leaves ---
 

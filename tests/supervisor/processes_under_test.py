@@ -1,4 +1,4 @@
-"""Entries of isolated processes, for the tests of the fork server and the keeper."""
+"""Entries of isolated processes, for the tests of the fork server, of workers and of the keeper."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 
-from supervisor.channel import Channel, ChannelClosed
+from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Codec, Message
 
 
@@ -20,21 +21,24 @@ class Crash(Message, frozen=True):
 
 
 class Report(Message, frozen=True):
+    """What a process says of itself; `descriptors`: what each open one is."""
+
     text: str
     pid: int
-    descriptors: list[int]
+    session: int
+    name: str
+    descriptors: dict[int, str]
     pykka: bool
 
 
-TO_CHILD = Codec(Say, Crash)
-FROM_CHILD = Codec(Report)
+TO_CHILD = Codec(Say, Crash, size_bytes_max=128 << 10)
+FROM_CHILD = Codec(Report, Say)
 
 
 def echo(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
-    """Answers each Say with a Report, until its channel is closed."""
+    """Says what it was started with, and answers each Say with a Report, until its channel is closed."""
     channel = Channel(end, TO_CHILD)
-    greeting = TO_CHILD.decode(arguments)
-    channel.send(report(greeting.text, descriptors))
+    channel.send(report(TO_CHILD.decode(arguments).text))
     while True:
         try:
             message, _ = channel.receive(None)
@@ -42,18 +46,65 @@ def echo(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
             return
         match message:
             case Say(text):
-                channel.send(report(text, descriptors))
+                channel.send(report(text))
             case Crash():
                 raise RuntimeError("as it was told")
 
 
-def wait(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
-    """Goes on for ever, like a process that serves a mount."""
+def write(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Writes its arguments' text into the descriptor that came along, and ends."""
+    os.write(descriptors[0], TO_CHILD.decode(arguments).text.encode())
+
+
+def chatter(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Says as many things as its arguments' text says, and ends at once."""
+    channel = Channel(end, TO_CHILD)
+    for number in range(int(TO_CHILD.decode(arguments).text)):
+        channel.send(Say(str(number)))
+
+
+def beat(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Gives a sign of life twenty times a second, and ends when its channel is closed."""
+    channel = Channel(end, TO_CHILD)
+    while True:
+        try:
+            channel.send(Say("beat"), timeout_s=0)
+        except ChannelTimeout:
+            pass
+        except ChannelClosed:
+            return
+        try:
+            channel.receive(0.05)
+        except ChannelTimeout:
+            pass
+        except ChannelClosed:
+            return
+
+
+def babble(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Breaks the protocol, and goes on for ever."""
+    end.send(b"garbage")
+    threading.Event().wait()
+
+
+def hang_up(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Closes its channel, and goes on for ever."""
+    end.close()
+    threading.Event().wait()
+
+
+def outlive(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Goes on whatever happens to its channel, like a process that serves a mount."""
     signal.pause()
 
 
-def report(text: str, descriptors: list[int]) -> Report:
-    opened = [int(name) for name in os.listdir("/proc/self/fd")]
-    return Report(
-        text, os.getpid(), sorted(number for number in opened if number > 2)[: len(descriptors) + 3], "pykka" in sys.modules
-    )
+def report(text: str) -> Report:
+    descriptors = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            descriptors[int(number)] = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:
+            pass  # the one that listed them
+    with open("/proc/self/comm") as comm:
+        name = comm.read().strip()
+    return Report(text, os.getpid(), os.getsid(0), name, descriptors, "pykka" in sys.modules)

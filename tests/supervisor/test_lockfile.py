@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from supervisor.lockfile import LockFile, holder_of
+from supervisor.lockfile import LockFile, evict, holder_of
 
 
 def test_nobody_holds_a_new_lock(tmp_path: Path) -> None:
@@ -36,5 +36,21 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert holder_of(tmp_path / "lock") == 0
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_holder_that_hangs_is_evicted(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        LockFile(tmp_path / "lock").acquire()
+        os.write(writer, b".")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    os.read(reader, 1)
+    evict(tmp_path / "lock")
+    assert holder_of(tmp_path / "lock") == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    evict(tmp_path / "lock")  # nobody holds it: nothing to do
     os.close(reader)
     os.close(writer)

@@ -6,12 +6,13 @@ import shutil
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from actors.gateway.client import Client, ClientError, NoDaemon, NotPermitted, RequestFailed, connect
+from actors.gateway.client import Client, ClientError, NoDaemon, NotPermitted, RequestFailed, connect, readable, wait_connect
 from actors.gateway.messages import (
     FRAME_BYTES_MAX,
     Accepted,
@@ -58,15 +59,46 @@ def test_a_socket_that_a_dead_daemon_left_is_no_daemon(opened: Opened, tmp_path:
         connect(tmp_path / "run")
 
 
-def test_a_socket_of_somebody_elses_is_said_so(tmp_path: Path) -> None:
+def test_a_file_where_a_directory_should_be_is_no_daemon(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NoDaemon):
+            connect(run_dir)
+        with pytest.raises(NoDaemon):
+            wait_connect(run_dir, time.monotonic())
+
+
+@pytest.mark.parametrize("call", [connect, lambda run_dir: wait_connect(run_dir, time.monotonic())])
+def test_a_socket_of_somebody_elses_is_said_so(tmp_path: Path, call: Callable[[Path], socket.socket]) -> None:
     tmp_path.chmod(0o700)
     os.seteuid(65534)
     try:
         with pytest.raises(NotPermitted, match="root") as caught:
-            Client(tmp_path / "run")
+            call(tmp_path / "run")
     finally:
         os.seteuid(0)
     assert caught.value.exit_code == 77
+
+
+@pytest.mark.parametrize("timeout_s", [30 * 86400, 1e40])
+def test_a_time_out_may_be_longer_than_poll_takes(opened: Opened, tmp_path: Path, timeout_s: float) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.answer(IsReady(1, 42))
+
+    daemon = ScriptedDaemon(tmp_path / "run", script)
+    assert opened(tmp_path / "run").ask(Ready(1), timeout_s) == IsReady(1, 42)
+    daemon.join()
+
+
+def test_nothing_to_read_is_said_when_the_time_is_over_and_not_before() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        deadline = time.monotonic() + 0.05
+        assert not readable(ours, deadline)
+        assert time.monotonic() >= deadline
+        theirs.close()
+        assert readable(ours, None)
 
 
 def test_a_request_and_its_answer(opened: Opened, tmp_path: Path) -> None:

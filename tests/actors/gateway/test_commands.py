@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ from actors.gateway.messages import (
     IsReady,
     Listed,
     LogDirectory,
+    Progress,
     StillRunning,
     Stop,
     TreeNode,
@@ -89,7 +92,14 @@ def once(*answers: object) -> Callable[[Connection], None]:
         (["submit", "--mem", "1Gi", "busybox", "--", "true"], "--mem"),
         (["batch", "--parallel", "0", "-"], "parallel"),
         (["batch", "no/such/file"], "no/such/file"),
+        (["batch", "/"], "directory"),
+        (["submit", "--id", "", "busybox", "--", "true"], "id"),
         (["result"], "TASK"),
+        (["result", os.fsdecode(b"\xff")], "UTF-8"),
+        (["stop", os.fsdecode(b"\xff")], "UTF-8"),
+        (["logs", os.fsdecode(b"\xff")], "UTF-8"),
+        (["image", "mount", os.fsdecode(b"\xff")], "UTF-8"),
+        (["image", "unmount", os.fsdecode(b"\xff")], "UTF-8"),
         (["result", "--wait", "x", "t"], "30s"),
         (["wait", "--timeout", "-1s"], "timeout"),
     ],
@@ -169,10 +179,31 @@ def test_a_client_loads_nothing_of_the_daemon() -> None:
 
 
 def test_wait(run: Run, tmp_path: Path) -> None:
-    daemon = ScriptedDaemon(tmp_path / "run", lambda connection: None, once(IsReady(1, 42)))
+    daemon = ScriptedDaemon(tmp_path / "run", once(IsReady(1, 42)))
     done = run("wait", "--json")
     daemon.join()
     assert (done.returncode, json.loads(done.stdout)) == (0, {"pid": 42})
+
+
+def test_a_daemon_that_is_stopping_is_not_the_one_that_is_waited_for(run: Run, tmp_path: Path) -> None:
+    stopping, ready = once(Failed(1, "draining", "the daemon is stopping")), once(IsReady(1, 43))
+    daemon = ScriptedDaemon(tmp_path / "run", stopping, ready)
+    done = run("wait", "--json")
+    daemon.join()
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"pid": 43})
+
+
+def test_a_daemon_that_goes_on_stopping_is_waited_for_no_longer_than_asked(run: Run, tmp_path: Path) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.answer(Failed(1, "draining", "the daemon is stopping"))
+        with pytest.raises(EOFError):
+            connection.request()
+
+    daemon = ScriptedDaemon(tmp_path / "run", script)
+    done = run("wait", "--timeout", "200ms")
+    daemon.join()
+    assert (done.returncode, "within 0.2 s" in done.stderr) == (69, True)
 
 
 def test_submit_prints_the_id(run: Run, tmp_path: Path) -> None:
@@ -345,6 +376,14 @@ def test_ps(run: Run, tmp_path: Path) -> None:
     daemon.join()
 
 
+def test_a_list_that_is_begun_again_after_a_restart_has_each_task_once(run: Run, tmp_path: Path) -> None:
+    again = [Listed(1, result("a", "stopped")), Listed(1, result("b")), Done(1)]
+    daemon = ScriptedDaemon(tmp_path / "run", once(Listed(1, result("a", "running"))), once(*again))
+    rows = json.loads(run("ps", "--json").stdout)
+    daemon.join()
+    assert [(row["task"], row["state"]) for row in rows] == [("a", "stopped"), ("b", "stopped")]
+
+
 def test_tree(run: Run, tmp_path: Path) -> None:
     actor = TreeNode("images", "actor", 2, "running", 0, [TreeNode("image builder", "process", 5, "running", 0, [])])
     root = TreeNode("root supervisor", "process", 2, "running", 1, [actor, TreeNode("gateway", "actor", 2, "running", 0, [])])
@@ -402,6 +441,133 @@ def test_batch(run: Run, tmp_path: Path) -> None:
     (tmp_path / "tasks").write_text("")
     assert run("batch", str(tmp_path / "tasks")).stdout == ""
     daemon.join()
+
+
+# --- streams that are not what one expects ---
+
+
+def shell(tmp_path: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell's command line, in which $RUN is the program."""
+    variables = {
+        "AERIE_STATE_DIR": f"{tmp_path}/state",
+        "AERIE_RUN_DIR": f"{tmp_path}/run",
+        "RUN": f"{sys.executable} {PROGRAM}",
+    }
+    # Buffered or not, the end is the same; by default Python's output is.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | variables
+    done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+    return done
+
+
+def journal(tmp_path: Path, content: bytes) -> LogDirectory:
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "journal").write_bytes(content)
+    return LogDirectory(1, str(output), True)
+
+
+def test_a_full_disk_is_said_so(tmp_path: Path) -> None:
+    rows = [Listed(1, result("a")), Done(1)]
+    daemon = ScriptedDaemon(tmp_path / "run", once(*rows), once(*rows), once(journal(tmp_path, record("stdout", b"x\n"))))
+    for command in ("ps", "ps --json", "logs t", "--help"):
+        done = shell(tmp_path, f"$RUN {command} >/dev/full")
+        assert (done.returncode, "No space left" in done.stderr) == (74, True)
+    daemon.join()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_is_dev_null_and_never_the_daemon(tmp_path: Path, closed: str) -> None:
+    place = journal(tmp_path, record("stdout", b"x\n") + record("stderr", b"y\n"))
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.answer(place)
+        with pytest.raises(EOFError):
+            connection.request()
+
+    daemon = ScriptedDaemon(tmp_path / "run", script)
+    assert shell(tmp_path, f"$RUN logs t {closed}").returncode == 0
+    daemon.join()
+
+
+def test_a_batch_without_input_is_over(tmp_path: Path) -> None:
+    daemon = ScriptedDaemon(tmp_path / "run", lambda connection: None)
+    assert shell(tmp_path, "$RUN batch - <&-").returncode == 0
+    assert shell(tmp_path, f"$RUN batch - 0>{tmp_path}/output").returncode == 2
+    daemon.join()
+
+
+def test_output_that_does_not_block_is_waited_for(tmp_path: Path) -> None:
+    daemon = ScriptedDaemon(tmp_path / "run", once(journal(tmp_path, record("stdout", b"x" * 8000 + b"\n") * 100)))
+    environment = {**os.environ, "AERIE_STATE_DIR": f"{tmp_path}/state", "AERIE_RUN_DIR": f"{tmp_path}/run"}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with subprocess.Popen([sys.executable, str(PROGRAM), "logs", "t"], env=environment, stdout=writing) as process:
+        os.close(writing)
+        with os.fdopen(reading, "rb") as file:
+            assert file.read() == (b"x" * 8000 + b"\n") * 100
+        assert process.wait(30) == 0
+    daemon.join()
+
+
+def test_progress_on_a_terminal_gives_way_to_what_the_task_prints(tmp_path: Path) -> None:
+    place = journal(tmp_path, b"")
+
+    def script(connection: Connection) -> None:
+        submit = connection.request()
+        connection.answer(Accepted(submit.request, submit.task), Progress(submit.request, "1 of 2 MiB, " + "x" * 200))
+        logs = connection.request()
+        connection.answer(LogDirectory(logs.request, place.path, False))
+        assert terminal.wait_for(b"1 of 2 MiB")
+        (tmp_path / "output" / "journal").write_bytes(record("stdout", b"partial"))
+        assert terminal.wait_for(b"partial")
+        connection.answer(Ended(submit.request, result(submit.task)))
+
+    terminal = Terminal()
+    daemon = ScriptedDaemon(tmp_path / "run", script)
+    environment = {**os.environ, "AERIE_STATE_DIR": f"{tmp_path}/state", "AERIE_RUN_DIR": f"{tmp_path}/run"}
+    argv = [sys.executable, str(PROGRAM), "submit", "--wait", "busybox", "--", "true"]
+    with subprocess.Popen(argv, env=environment, stdout=terminal.end, stderr=terminal.end) as process:
+        terminal.close_end()
+        assert process.wait(30) == 0
+    daemon.join()
+    shown = "\r\x1b[K" + ("1 of 2 MiB, " + "x" * 200)[:79]  # no more than a line, for a longer one could not be erased
+    assert terminal.read_all() == f"{shown}\r\x1b[Kpartial".encode()  # and what the task printed stays
+
+
+class Terminal:
+    """A terminal that remembers what was shown on it."""
+
+    def __init__(self) -> None:
+        self._screen, self.end = pty.openpty()
+        self._shown = bytearray()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                data = os.read(self._screen, 4096)
+            except OSError:  # EIO: the last process with the terminal has ended
+                os.close(self._screen)
+                return
+            with self._changed:
+                self._shown += data
+                self._changed.notify_all()
+
+    def wait_for(self, text: bytes) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: text in self._shown, 10)
+
+    def close_end(self) -> None:
+        os.close(self.end)
+
+    def read_all(self) -> bytes:
+        self._thread.join(10)
+        return bytes(self._shown)
 
 
 def test_an_interrupted_client_leaves_the_task_running_and_says_how_to_go_on(tmp_path: Path) -> None:

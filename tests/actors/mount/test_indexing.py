@@ -153,17 +153,22 @@ def test_a_store_that_changes_under_the_walk(workspace: Workspace, store: Path, 
             os.rename(store / "d", store / "spare")
             os.rename(store / "real", store / "d")
             (store / f"new{number % 7}").unlink()
+            write(tmp_path / "version", f"{number:08}", old=False)
+            os.utime(tmp_path / "version", ns=(number, number))
+            os.rename(tmp_path / "version", store / "version")
 
     thread = threading.Thread(target=change)
     thread.start()
     try:
         for _ in range(100):
             index(workspace)
-            for row in rows(workspace).values():
+            for path, row in rows(workspace).items():
                 if has(workspace, row):
                     content = (workspace.objects / Objects.path(row.key)).read_bytes()
                     assert len(content) == row.size_bytes
                     assert b"SECRET" not in content
+                    if path == b"version":
+                        assert int(content) == msgspec.msgpack.decode(row.source, type=StoredFile).mtime_ns
     finally:
         ended.set()
         thread.join()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from actors.mount import wire
@@ -29,7 +31,8 @@ def syncer() -> Iterator[tuple[Channel, int]]:
         channel.close()
         code = 1
         try:
-            serve(end, [], b"")
+            with tempfile.NamedTemporaryFile() as lock:
+                serve(end, [], msgspec.msgpack.encode(wire.SyncerArguments(lock.name)))
             code = 0
         finally:
             os._exit(code)

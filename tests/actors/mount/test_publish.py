@@ -8,6 +8,7 @@ from pathlib import Path
 
 from actors.mount.listing import Entry
 from actors.mount.publish import Publisher
+from actors.mount.staging import staged_entry
 from actors.mount.steps import Action, Step
 from actors.mount.store import Store
 from tests.actors.mount.conftest import write
@@ -38,3 +39,24 @@ def test_a_renamed_file_whose_old_name_stays_is_not_described_in_place(store: Pa
     opened.close()
     os.close(upper)
     assert list(store.iterdir()) == [store / "new"]
+
+
+def test_a_staged_file_that_is_another_by_now_is_not_uploaded(store: Path, tmp_path: Path) -> None:
+    """It was replaced, or a file with nothing but metadata took its place: its bytes would be zeros."""
+    (tmp_path / "upper").mkdir()
+    write(tmp_path / "upper/file", "x")
+    upper = os.open(tmp_path / "upper", os.O_RDONLY)
+    opened = Store(str(store), "t1", upper)
+    publisher = Publisher(opened, upper)
+    step = Step(Action.PUT, b"file", b"file", staged_entry((tmp_path / "upper/file").stat()), None, stat.S_IFREG | 0o644)
+    prepared = publisher.prepare(step)
+    assert prepared is not None
+    assert (store / os.fsdecode(opened.private + b"/" + prepared.temporary)).read_text() == "x"
+    os.setxattr(tmp_path / "upper/file", "trusted.overlay.metacopy", b"")
+    assert publisher.prepare(step) is None
+    os.rename(tmp_path / "upper/file", tmp_path / "upper/kept")
+    write(tmp_path / "upper/file", "y")
+    assert publisher.prepare(step) is None
+    publisher.close()
+    opened.close()
+    os.close(upper)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import stat
@@ -455,6 +456,25 @@ def test_two_tasks_that_sync_at_once(workspaces: Callable[[str], Workspace], sto
         found = sorted(path.read_text() for path in store.iterdir() if path.name.split(".")[0] == name)
         assert found == [workspace.task for workspace in tasks]
     assert not (store / os.fsdecode(RESERVED)).exists()
+
+
+def test_what_is_carried_out_waits_for_other_syncs_of_the_store(workspace: Workspace, store: Path) -> None:
+    workspace.begin()
+    workspace.run(lambda: Path("a").write_text("a"))
+    locked = os.open(store, os.O_RDONLY)
+    fcntl.flock(locked, fcntl.LOCK_EX)
+    pid = os.fork()
+    if not pid:
+        os.close(locked)
+        os._exit(workspace.sync().outcome != "synced")
+    journal = workspace.directory / "synced"
+    while not journal.exists() or not journal.stat().st_size:
+        time.sleep(0.001)
+    time.sleep(0.05)  # it has all that it needs, but the lock
+    assert not (store / "a").exists()
+    os.close(locked)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (store / "a").read_text() == "a"
 
 
 def test_a_conflict_stays_one(workspace: Workspace, store: Path) -> None:

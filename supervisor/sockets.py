@@ -1,0 +1,43 @@
+"""Unix sockets with a name: listening in a dead process's place, and connecting to who is just being started."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from inotify_simple import INotify, flags
+
+
+def listen_at(path: Path, kind: int) -> socket.socket:
+    """A socket of that kind that listens at `path`, for root only, in place of one that a dead process left there.
+
+    It listens before it has that name: who waits for the name to appear is never refused.
+    """
+    listener = socket.socket(socket.AF_UNIX, kind)
+    unnamed = path.with_name(f".{path.name}.{os.getpid()}")
+    unnamed.unlink(missing_ok=True)
+    listener.bind(str(unnamed))
+    unnamed.chmod(0o600)
+    listener.listen(128)
+    unnamed.rename(path)
+    return listener
+
+
+def connect_to(path: Path, kind: int, timeout_s: float) -> socket.socket | None:
+    """A connection to who listens at `path`, as soon as somebody does; None when nobody does in time."""
+    deadline = time.monotonic() + timeout_s
+    with INotify() as appearing:
+        # Watched before it is tried: a name that appears in between is an event.
+        appearing.add_watch(str(path.parent), flags.MOVED_TO)
+        while True:
+            connection = socket.socket(socket.AF_UNIX, kind)
+            try:
+                connection.connect(str(path))
+                return connection
+            except (FileNotFoundError, ConnectionRefusedError):
+                connection.close()
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not appearing.read(timeout=int(left_s * 1000)):
+                return None

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loguru import logger
+
+from actors.output.sinks import ConsoleSink, FileSink
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    lines: list[str] = []
+    number = logger.add(lambda message: lines.append(message.record["message"]), format="{message}")
+    yield lines
+    logger.remove(number)
+
+
+def test_a_file_is_cut_to_what_is_on_record(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "task.log"
+    sink = FileSink(str(path), 0)
+    sink.take([("stdout", b"one\n"), ("stderr", b"two\n")])
+    assert sink.make_durable() == 8
+    sink.take([("stdout", b"not recorded\n")])
+    sink.close()
+    again = FileSink(str(path), 8)
+    again.take([("stderr", b"three\n")])
+    assert again.make_durable() == 14
+    again.close()
+    assert path.read_bytes() == b"one\ntwo\nthree\n"
+
+
+def test_a_file_that_somebody_shortened_gets_no_hole(tmp_path: Path) -> None:
+    (tmp_path / "task.log").write_bytes(b"one\n")
+    sink = FileSink(str(tmp_path / "task.log"), 1000)
+    sink.take([("stdout", b"two\n")])
+    assert sink.make_durable() == 8
+    sink.close()
+    assert (tmp_path / "task.log").read_bytes() == b"one\ntwo\n"
+
+
+def test_what_a_full_disk_did_not_take_is_cut_off_by_the_next(small_disk: Path) -> None:
+    (small_disk / "fill").write_bytes(bytes(1 << 19))
+    lines = [("stdout", b"%07d\n" % number) for number in range(1 << 17)]  # 1 MiB, half of which has room
+    sink = FileSink(str(small_disk / "task.log"), 0)
+    sink.take(lines[:10])
+    length_bytes = sink.make_durable()
+    with pytest.raises(OSError, match="No space left"):
+        sink.take(lines[10:])
+    sink.close()
+    assert (small_disk / "task.log").stat().st_size == 1 << 19
+    again = FileSink(str(small_disk / "task.log"), length_bytes)
+    again.take(lines[10:20])
+    assert again.make_durable() == 160
+    again.close()
+    assert (small_disk / "task.log").read_bytes() == b"".join(line for _, line in lines[:20])
+
+
+@pytest.mark.parametrize("name", ["directory", "file/below"])
+def test_a_file_that_cannot_be_opened_costs_no_descriptor(tmp_path: Path, name: str) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=name.partition("/")[0]):
+        FileSink(str(tmp_path / name), 0)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_console_shows_a_line_as_a_line(logged: list[str]) -> None:
+    lines = [b"plain\n", b"tab\t\xe2\x82\xac\n", b"no end", b"\x1b[2J\rforged\xff\0\n", b"\n", b"<red>{0}\n"]
+    ConsoleSink("a-task").take([("stderr", line) for line in lines])
+    assert logged == [
+        "a-task stderr: plain",
+        "a-task stderr: tab\t€",
+        "a-task stderr: no end",
+        r"a-task stderr: \x1b[2J\x0dforged\xff\x00",
+        "a-task stderr: ",
+        "a-task stderr: <red>{0}",
+    ]

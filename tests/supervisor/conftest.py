@@ -1,0 +1,130 @@
+"""What every test of the supervision gets: a system of actors that ends with it, and a look at what it has left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import select
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loguru import logger
+
+from supervisor.system import System
+from supervisor.watch import Watcher
+from tests.supervisor.programs_under_test import argv
+
+ROOT = Path(__file__).resolve().parents[2]
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test that leaves a process, a thread or a descriptor."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    gc.collect()
+    threads, descriptors = set(threading.enumerate()), opened()
+    become_subreaper(True)  # so that orphans below are seen, and reaped, here
+    yield
+    left = [pid for pid in descendants() if not ends(pid, 5.0)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+        ends(pid, 5.0)
+    become_subreaper(False)
+    reap()
+    assert not left
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(5)
+        assert not thread.is_alive(), thread
+    gc.collect()
+    assert opened() == descriptors
+
+
+@pytest.fixture
+def system() -> Iterator[System]:
+    system = System()
+    yield system
+    system.close()
+
+
+@pytest.fixture
+def watcher() -> Iterator[Watcher]:
+    watcher = Watcher()
+    watcher.start()
+    yield watcher
+    watcher.stop()
+
+
+@pytest.fixture
+def fork_server(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A fork server in the test's directory, which starts while the test does; what it and its children print is in `log`."""
+    with open(tmp_path / "log", "ab") as log:
+        server = subprocess.Popen(argv("fork-server", tmp_path), stdin=subprocess.DEVNULL, stderr=log)
+    yield server
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The text of what is logged, instead of on stderr."""
+    texts: list[str] = []
+    logger.remove()
+    number = logger.add(lambda message: texts.append(message.record["message"]))
+    yield texts
+    logger.remove(number)
+
+
+def opened() -> set[str]:
+    descriptors = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            descriptors[name] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            pass  # the one that listed them
+    return {f"{name} {target}" for name, target in descriptors.items()}
+
+
+def descendants() -> list[int]:
+    """All processes below this one, zombies included."""
+    found, below = [], [os.getpid()]
+    while below:
+        parent = below.pop()
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                below += map(int, path.read_text().split())
+            except (FileNotFoundError, ProcessLookupError):
+                pass  # it has just ended
+        found.append(parent)
+    return found[1:]
+
+
+def ends(pid: int, timeout_s: float) -> bool:
+    """Whether the process has ended within that time."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], timeout_s)[0])
+    finally:
+        os.close(pidfd)
+
+
+def reap() -> None:
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+
+
+def become_subreaper(wanted: bool) -> None:
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0) == 0

@@ -1,0 +1,339 @@
+"""Real isolated processes behind an actor: started, heard, found hung, replaced, and given back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor.actor import Actor, Stop
+from supervisor.channel import Channel
+from supervisor.isolation import Isolation, IsolationError, Process
+from supervisor.system import System
+from supervisor.watch import Watcher
+from supervisor.worker import Ended, Said, Started, Worker
+from tests.supervisor.actors_under_test import TIMEOUT_S, Log, hold
+from tests.supervisor.conftest import ends
+from tests.supervisor.processes_under_test import FROM_CHILD, Crash, Say
+from tests.supervisor.programs_under_test import ENTRIES
+
+SILENCE_S = 0.3
+
+
+class Boss(Actor):
+    """Has one worker, and starts another when it has ended.  `log`: what the worker is said to do; `looks`: how often it was checked."""
+
+    def __init__(self, system: System, watcher: Watcher, make: Callable[[], Process], heartbeat: bool, again: bool) -> None:
+        super().__init__(system, "boss")
+        self.worker = Worker(self, watcher, "worker", heartbeat, SILENCE_S)
+        self.log, self.looks = Log(), Log()
+        self.alive = False
+        self._make = make
+        self._again = again
+
+    def on_begin(self) -> None:
+        self.worker.start(self._make)
+        self.worker.start(self._make)  # one is being started already
+
+    def on_message(self, message: Any) -> Any:
+        if callable(message):
+            return message(self)
+        if type(message).__name__ == "_Check":
+            self.looks("look")
+        taken = self.worker.take(message)
+        if taken is not None:
+            self.log(taken)
+        if isinstance(taken, Ended) and self._again:
+            self.worker.start(self._make)
+        return None
+
+    def on_end(self, reason: str | None) -> None:
+        self.worker.let_go(self.alive)
+
+    def next(self) -> Any:
+        return self.log.next()[0]
+
+    def next_but_beats(self) -> Any:
+        """What the worker did next, other than to say that it lives."""
+        while True:
+            event = self.next()
+            if not (isinstance(event, Said) and event.message == Say("beat")):
+                return event
+
+
+@pytest.fixture
+def bosses(
+    system: System, watcher: Watcher, tmp_path: Path, fork_server: object, logged: list[str]
+) -> Iterator[Callable[..., Boss]]:
+    isolation, started = Isolation(str(tmp_path / "forkserver.sock")), []
+
+    def start(entry: str, text: str = "hello", heartbeat: bool = False, again: bool = False, make: Any = None) -> Boss:
+        def fork() -> Process:
+            return isolation.start("worker", f"{ENTRIES}:{entry}", Say(text), FROM_CHILD)
+
+        boss = Boss(system, watcher, (lambda: make(fork)) if make else fork, heartbeat, again)
+        started.append(boss)
+        boss.launch(0, None)
+        return boss
+
+    yield start
+    for boss in started:
+        boss.mailbox(Stop())
+        assert boss.gone.wait(TIMEOUT_S)
+
+
+@contextmanager
+def busy(watcher: Watcher) -> Iterator[None]:
+    """The watcher's thread hears nothing meanwhile."""
+    entered, go = threading.Event(), threading.Event()
+    here, there = Channel.pair(FROM_CHILD)
+    watcher.channel(here, lambda message, descriptors: hold(entered, go)(None), lambda: None)  # type: ignore[arg-type]
+    there.send(FROM_CHILD.encode(Say("listen to this")))
+    assert entered.wait(TIMEOUT_S)
+    yield
+    go.set()
+    watcher.forget(here.fileno())
+    here.close()
+    there.close()
+
+
+def pid(boss: Boss) -> int:
+    found: int = boss.system.ask("boss", lambda boss: boss.worker.pid, TIMEOUT_S)
+    return found
+
+
+def test_a_worker_is_started_heard_and_spoken_to(bosses: Callable[..., Boss]) -> None:
+    boss = bosses("echo")
+    assert boss.next() == Started("worker", 1)
+    said = boss.next()
+    assert (said.worker, said.generation, said.message.text, said.message.pid) == ("worker", 1, "hello", pid(boss))
+    boss.mailbox(lambda boss: boss.worker.send(Say("again")))
+    assert boss.next().message.text == "again"
+    assert boss.log.silent
+
+
+@pytest.mark.parametrize(
+    ("do", "how"),
+    [
+        (lambda boss: boss.worker.kill(), "killed by signal 9"),
+        (lambda boss: boss.worker.process.signal(signal.SIGSEGV), "killed by signal 11"),
+        (lambda boss: boss.worker.send(Crash()), "exit code 1"),
+    ],
+    ids=["killed", "segmentation fault", "raises"],
+)
+def test_a_worker_that_dies_is_replaced(bosses: Callable[..., Boss], do: Callable[[Boss], None], how: str) -> None:
+    boss = bosses("echo", again=True)
+    boss.log.take(2)
+    first = pid(boss)
+    boss.mailbox(do)
+    assert boss.next() == Ended("worker", 1, how)
+    assert boss.next() == Started("worker", 2)
+    assert boss.next().message.pid == pid(boss) != first
+    assert boss.worker.restarts == 1
+
+
+def test_a_worker_s_last_words_come_before_its_end(bosses: Callable[..., Boss], watcher: Watcher) -> None:
+    """Also when both are found at once, and the words are more than are taken in one round."""
+    with busy(watcher):
+        boss = bosses("chatter", "200")
+        assert boss.next() == Started("worker", 1)
+        assert ends(pid(boss), TIMEOUT_S)
+    assert [boss.next().message.text for _ in range(200)] == [str(number) for number in range(200)]
+    assert boss.next() == Ended("worker", 1, "exit code 0")
+
+
+def test_a_worker_that_cannot_be_started_has_ended(bosses: Callable[..., Boss]) -> None:
+    tries = iter([True, False])
+
+    def make(fork: Callable[[], Process]) -> Process:
+        if next(tries):
+            raise IsolationError("no process")
+        return fork()
+
+    boss = bosses("echo", again=True, make=make)
+    assert boss.next() == Ended("worker", 1, "it could not be started: no process")
+    assert boss.next() == Started("worker", 2)
+
+
+# --- hung ---
+
+
+def test_a_worker_that_is_stopped_is_found_by_its_silence_and_replaced(bosses: Callable[..., Boss]) -> None:
+    boss = bosses("beat", heartbeat=True, again=True)
+    assert boss.next() == Started("worker", 1)
+    assert boss.next() == Said("worker", 1, Say("beat"))
+    first = pid(boss)
+    os.kill(first, signal.SIGSTOP)
+    assert boss.next_but_beats() == Ended("worker", 1, "killed by signal 9", hung=True)
+    assert boss.next_but_beats() == Started("worker", 2)
+    assert boss.next() == Said("worker", 2, Say("beat"))
+    assert pid(boss) != first
+
+
+def test_a_worker_that_hangs_says_where_before_it_is_killed(bosses: Callable[..., Boss], tmp_path: Path) -> None:
+    boss = bosses("outlive", heartbeat=True)
+    assert boss.next() == Started("worker", 1)
+    assert boss.next() == Ended("worker", 1, f"killed by signal {signal.SIGABRT.value}", hung=True)
+    log = (tmp_path / "log").read_text()
+    assert "Fatal Python error: Aborted" in log
+    assert "in outlive" in log
+
+
+def test_a_worker_that_beats_is_left_alone(bosses: Callable[..., Boss]) -> None:
+    boss = bosses("beat", heartbeat=True)
+    boss.looks.take(4)
+    assert boss.next_but_beats() == Started("worker", 1)
+    boss.mailbox(lambda boss: boss.worker.kill())
+    assert boss.next_but_beats() == Ended("worker", 1, "killed by signal 9")
+
+
+def test_a_worker_that_promised_no_heartbeat_may_be_silent(bosses: Callable[..., Boss]) -> None:
+    boss, later = bosses("outlive"), Log()
+    assert boss.next() == Started("worker", 1)
+    boss.system.timers.after(3 * SILENCE_S, lambda: later("now"))
+    later.next()
+    assert boss.log.silent
+    assert boss.looks.silent
+
+
+def test_a_worker_is_not_hung_because_nobody_listened(bosses: Callable[..., Boss], watcher: Watcher) -> None:
+    """The watcher is busy, as when this whole process was stopped: what the worker said lies in its channel unread."""
+    boss = bosses("beat", heartbeat=True)
+    boss.looks.take(1)
+    while not boss.log.silent:
+        boss.next()
+    assert boss.next() == Said("worker", 1, Say("beat"))  # heard since it was last looked at
+    with busy(watcher):
+        boss.looks.take(2)  # at the first it had been heard, at the second it had not
+    boss.looks.take(2)
+    boss.mailbox(lambda boss: boss.worker.kill())
+    assert boss.next_but_beats() == Ended("worker", 1, "killed by signal 9")
+
+
+@pytest.mark.parametrize("entry", ["babble", "hang_up"])
+def test_a_worker_that_can_be_heard_no_more_is_ended(bosses: Callable[..., Boss], entry: str) -> None:
+    boss = bosses(entry)
+    assert boss.next() == Started("worker", 1)
+    assert boss.next() == Ended("worker", 1, "killed by signal 9")
+
+
+def test_a_worker_that_does_not_read_is_killed(bosses: Callable[..., Boss]) -> None:
+    boss = bosses("outlive")
+    assert boss.next() == Started("worker", 1)
+
+    def flood(boss: Boss) -> None:
+        for _ in range(1000):
+            boss.worker.send(Say("x" * 1000))
+            if boss.worker._hung:
+                return
+
+    boss.mailbox(flood)
+    assert boss.next() == Ended("worker", 1, "killed by signal 9", hung=True)
+
+
+# --- generations, and what is left behind ---
+
+
+def test_words_of_an_earlier_process_are_dropped(bosses: Callable[..., Boss]) -> None:
+    boss = bosses("echo", again=True)
+    boss.log.take(2)
+    boss.mailbox(lambda boss: boss.worker.kill())
+    assert isinstance(boss.next(), Ended)
+    assert boss.next() == Started("worker", 2)
+    assert boss.next().generation == 2
+    boss.mailbox(Said("worker", 1, Say("late")))
+    boss.mailbox(Said("another worker", 2, Say("not mine")))
+    boss.mailbox(lambda boss: boss.worker.send(Say("last")))
+    assert boss.next().message.text == "last"
+
+
+def test_nothing_is_heard_of_a_worker_that_was_let_go(bosses: Callable[..., Boss]) -> None:
+    boss = bosses("chatter", "100")
+
+    def let_go(boss: Boss) -> int:
+        process = boss.worker.process
+        assert process is not None
+        boss.worker.let_go()
+        return process.pid
+
+    assert boss.next() == Started("worker", 1)
+    assert ends(boss.system.ask("boss", let_go, TIMEOUT_S), TIMEOUT_S)
+    while not boss.log.silent:
+        assert isinstance(boss.next(), Said)  # from before
+    boss.mailbox(Said("worker", 1, Say("late")))
+    boss.system.ask("boss", lambda boss: None, TIMEOUT_S)
+    assert boss.log.silent
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_an_actor_that_ends_kills_its_worker_or_leaves_it_alive(bosses: Callable[..., Boss], alive: bool) -> None:
+    boss = bosses("outlive")
+    assert boss.next() == Started("worker", 1)
+    process = pid(boss)
+    boss.alive = alive
+    boss.mailbox(Stop())
+    assert boss.gone.wait(TIMEOUT_S)
+    assert ends(process, 0.0 if alive else TIMEOUT_S) is not alive
+    if alive:
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_worker_that_is_just_being_started_when_its_actor_ends_is_given_back(
+    bosses: Callable[..., Boss], alive: bool
+) -> None:
+    """Its pidfd and channel are closed (`nothing_left` looks), and it is killed or left alive, like one that runs."""
+    entered, go, made = threading.Event(), threading.Event(), Log()
+
+    def make(fork: Callable[[], Process]) -> Process:
+        entered.set()
+        assert go.wait(TIMEOUT_S)
+        process = fork()
+        made(process.pid)
+        return process
+
+    boss = bosses("outlive", make=make)
+    boss.alive = alive
+    assert entered.wait(TIMEOUT_S)
+    boss.mailbox(Stop())
+    assert boss.gone.wait(TIMEOUT_S)
+    go.set()
+    (process,) = made.next()
+    assert ends(process, 0.1 if alive else TIMEOUT_S) is not alive
+    if alive:
+        os.kill(process, signal.SIGKILL)
+
+
+def test_a_worker_that_was_made_when_its_actor_ended_before_it_heard_is_given_back(bosses: Callable[..., Boss]) -> None:
+    """The result lies in the inbox of an actor that handles its last message."""
+    entered, go, made = threading.Event(), threading.Event(), Log()
+
+    def make(fork: Callable[[], Process]) -> Process:
+        assert entered.wait(TIMEOUT_S)
+        process = fork()
+        made(process.pid)
+        return process
+
+    boss = bosses("outlive", make=make)
+    boss.mailbox(lambda boss: (entered.set(), go.wait(TIMEOUT_S)))
+    (process,) = made.next()
+    boss.mailbox(Stop())
+    go.set()
+    assert boss.gone.wait(TIMEOUT_S)
+    assert ends(process, TIMEOUT_S)
+
+
+def test_a_worker_is_adopted(bosses: Callable[..., Boss], tmp_path: Path) -> None:
+    boss = bosses("write", make=lambda fork: (_ for _ in ()).throw(IsolationError("none")))
+    assert isinstance(boss.next(), Ended)
+    process = Isolation(str(tmp_path / "forkserver.sock")).start("worker", f"{ENTRIES}:echo", Say("from before"), FROM_CHILD)
+    boss.mailbox(lambda boss: boss.worker.adopt(process))
+    assert boss.next().message.text == "from before"
+    os.kill(process.pid, signal.SIGKILL)
+    assert boss.next() == Ended("worker", 2, "killed by signal 9")
