@@ -29,9 +29,10 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     gc.collect()
     threads, descriptors = set(threading.enumerate()), opened()
+    before = set(descendants())  # a registry that other tests share, for instance
     become_subreaper(True)  # so that orphans below are seen, and reaped, here
     yield
-    left = [pid for pid in descendants() if not ends(pid, 5.0)]
+    left = [pid for pid in descendants() if pid not in before and not ends(pid, 5.0)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
         ends(pid, 5.0)
