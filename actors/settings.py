@@ -15,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -78,9 +78,11 @@ class MountSection(Section, frozen=True):
 
 
 class SandboxSection(Section, frozen=True):
+    # No keys: who a task is, and whose its workspace's files are, is the same on every node.
+    uid: ClassVar[int] = 1000
+    gid: ClassVar[int] = 1000
+
     runtime: Runtime = "crun"
-    uid: Annotated[int, Meta(ge=1, le=(1 << 31) - 1)] = 1000
-    gid: Annotated[int, Meta(ge=1, le=(1 << 31) - 1)] = 1000
     memory_bytes: Annotated[int, Meta(ge=6 * MIB, le=64 * TIB)] = 512 * MIB
     cpu_cores: Annotated[float, Meta(ge=0.01, le=4096)] = 1
     pids: Annotated[int, Meta(ge=1, le=4_000_000)] = 1024
@@ -114,9 +116,8 @@ class Settings(msgspec.Struct, frozen=True):
     def directories(self) -> dict[str, str]:
         """Every directory, by the variable that sets it: an environment for processes that must agree on them."""
         return {
-            f"{PREFIX}{section}_{key}".upper(): getattr(getattr(self, section), field)
-            for section, keys in KEYS.items()
-            for key, field in keys.items()
+            variable: getattr(getattr(self, section), key)  # a path has no unit: its key is its field
+            for variable, (section, key) in VARIABLES.items()
             if section in ("state", "run", "image") and key.endswith("dir")
         }
 
@@ -138,13 +139,19 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError([f"{path}: not TOML: {error}"]) from None
     # Without symbolic links, as mountinfo shows what is mounted in them: /var/run is one nearly everywhere.
-    return _with_directories(parse(document, environment, str(path)), os.path.realpath)
+    return parse(document, environment, str(path), os.path.realpath)
 
 
-def parse(document: Mapping[str, Any], environment: Mapping[str, str], source: str = "the file") -> Settings:
-    """Settings from a document of sections and from AERIE_* variables, which win.  `source` names the document in faults.
+def parse(
+    document: Mapping[str, Any],
+    environment: Mapping[str, str],
+    source: str = "the file",
+    resolved: Callable[[str], str] = os.path.normpath,
+) -> Settings:
+    """Settings from a document of sections and from AERIE_* variables, which win.
 
-    Raises SettingsError.
+    `source` names the document in faults.  `resolved` gives each directory the path by which it is known from here on.  Raises
+    SettingsError.
     """
     faults: list[str] = []
     given: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
@@ -156,11 +163,12 @@ def parse(document: Mapping[str, Any], environment: Mapping[str, str], source: s
             faults.append(f"{name} = {_shown(value)}: {error}")
     _place_directories(given)
     settings = msgspec.convert({section: struct(**given[section]) for section, struct in SECTIONS.items()}, Settings)
+    settings = _with_directories(settings, resolved)
     if len(os.fsencode(settings.run.dir)) > RUN_DIR_BYTES_MAX:
         faults.append(
             f"run.dir = {settings.run.dir}: more than {RUN_DIR_BYTES_MAX} bytes: no socket in it could have an address"
         )
-    if os.path.normpath(settings.run.dir) == os.path.normpath(settings.state.dir):
+    if settings.run.dir == settings.state.dir:
         faults.append(f"run.dir = {settings.run.dir}: the same as state.dir: give each a directory of its own")
     if faults:
         raise SettingsError(faults)
@@ -181,6 +189,7 @@ def unit_of(field: str) -> str | None:
 KEYS: Final = {
     section: {key_of(field): field for field in struct.__struct_fields__} for section, struct in SECTIONS.items()
 }  # section → key → field
+VARIABLES: Final = {f"{PREFIX}{section}_{key}".upper(): (section, key) for section, keys in KEYS.items() for key in keys}
 
 
 def accepted(section: str, field: str) -> str:
@@ -219,9 +228,8 @@ def _given(
     for name, value in environment.items():
         if name == CONFIGURATION_VARIABLE or not name.startswith(PREFIX):
             continue
-        section, _, key = name.removeprefix(PREFIX).lower().partition("_")
-        if key in KEYS.get(section, ()):
-            yield section, key, value, name
+        if name in VARIABLES:
+            yield *VARIABLES[name], value, name
         else:
             faults.append(f"{name}: there is no such setting: unset it, or see {CONFIGURATION.name} for the ones there are")
 

@@ -18,20 +18,19 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import select
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from supervisor.boot import name_process
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import FrameError, Message
+from supervisor.held import Held
 from supervisor.keeping import (
     FROM_KEEPER,
     TO_KEEPER,
@@ -46,16 +45,15 @@ from supervisor.keeping import (
     Welcome,
     Yield,
     Yielded,
-    in_packets,
 )
 from supervisor.lockfile import LockFile, holder_of
-from supervisor.pidfd import open_pidfd, set_child_subreaper, signal_process, wait_status
+from supervisor.parts import Part, how
+from supervisor.pidfd import set_child_subreaper
 from supervisor.sockets import listen_at
 
 EXIT_REFUSES = 78  # EX_CONFIG: the root supervisor says that starting it again would end the same way
 EXIT_RUNNING = 3
-BACKOFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th start in a row of a part that did not live for RESET_S
-RESET_S = 10.0
+STOP_S = 5.0  # how long the fork server may take to end
 
 
 @dataclass(frozen=True)
@@ -79,63 +77,6 @@ class Plan:
         return self.directory / "forkserver.sock"
 
 
-class Part:
-    """A process that the keeper starts, and starts again; or that another keeper started and this one found.
-
-    Each holds the lock at `lock` while it lives, which is how it is found and why there are never two.
-    """
-
-    def __init__(self, name: str, lock: Path, start: Callable[[], int]) -> None:
-        self.name = name
-        self.pid = 0
-        self.pidfd = -1
-        self.restarts = -1  # the first start is none
-        self.due = 0.0  # when to start it, on the monotonic clock, while it does not run
-        self._lock = lock
-        self._start = start
-        self._failures = 0
-        self._since = 0.0
-
-    @property
-    def running(self) -> bool:
-        return self.pidfd >= 0
-
-    def start(self) -> bool:
-        """Find it, or start it → whether it was found."""
-        pid = holder_of(self._lock)
-        try:
-            self.pidfd = open_pidfd(pid) if pid else -1
-        except ProcessLookupError:
-            pid = 0  # it ended just now
-        found = pid != 0
-        if not found:
-            pid = self._start()
-            self.pidfd = open_pidfd(pid)  # not reaped by anybody but us, so the pid is still this process's
-        self.pid, self._since = pid, time.monotonic()
-        self.restarts += 1
-        return found
-
-    def ended(self) -> int | None:
-        """Note that it has ended, and when to start it again → its exit code (negative: a signal) if anybody can know it."""
-        try:
-            _, status = os.waitpid(self.pid, 0)
-        except ChildProcessError:  # found, not started: its parent, or init, reaps it
-            known = wait_status(self.pidfd)
-            code = None if known is None else os.waitstatus_to_exitcode(known)
-        else:
-            code = os.waitstatus_to_exitcode(status)
-        os.close(self.pidfd)
-        self.pid, self.pidfd = 0, -1
-        now = time.monotonic()
-        self._failures = 0 if now - self._since > RESET_S else self._failures + 1
-        self.due = now + BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
-        return code
-
-    def signal(self, number: int) -> None:
-        if self.running:
-            signal_process(self.pidfd, number)
-
-
 class Keeper:
     """One keeper.  Its whole life is `run`."""
 
@@ -143,12 +84,12 @@ class Keeper:
         self._plan = plan
         self._stand_in = stand_in
         self._renew = renew
-        self._held: dict[str, int] = {}
-        self._data: dict[str, bytes] = {}
+        self._held = Held()
         self._selector = selectors.DefaultSelector()
-        self._fork_server = Part("fork server", plan.directory / "forkserver.lock", lambda: spawn(plan.fork_server_argv))
-        self._root = Part("root supervisor", plan.directory / "root.lock", lambda: spawn(plan.root_argv))
+        self._fork_server = Part("fork server", plan.directory / "forkserver.lock", plan.fork_server_argv)
+        self._root = Part("root supervisor", plan.directory / "root.lock", plan.root_argv)
         self._parts = (self._fork_server, self._root)
+        self._told_to_drain = False
         self._draining = False
         self._drain_deadline = 0.0
         self._exit_code: int | None = None
@@ -156,7 +97,7 @@ class Keeper:
 
     def take(self, kept: Kept, descriptors: list[int]) -> None:
         """Hold what another keeper held."""
-        self._keep(kept.names, kept.data, descriptors)
+        self._held.put(kept.names, descriptors, kept.data)
 
     def run(self) -> int:
         """Keep until a drain is done or the place is given up → the exit code."""
@@ -176,11 +117,16 @@ class Keeper:
     def _start_what_is_due(self) -> None:
         now = time.monotonic()
         for part in self._parts:
-            if not part.running and part.due <= now:
+            if part.running or part.due_s > now:
+                continue
+            try:
                 found = part.start()
-                self._selector.register(part.pidfd, selectors.EVENT_READ, lambda part=part: self._part_ended(part))
-                if found and self._renew:  # the place was taken over: what was found runs the old version of the program
-                    part.signal(signal.SIGKILL)
+            except OSError as error:  # no process to be had just now, for instance: what is held must not be lost for that
+                say(f"{part.name} cannot be started, it is tried again: {error}")
+                continue
+            self._selector.register(part.pidfd, selectors.EVENT_READ, lambda part=part: self._part_ended(part))
+            if found and self._renew:  # the place was taken over: what was found runs the old version of the program
+                part.signal(signal.SIGKILL)
         self._renew = False
         if self._draining and now > self._drain_deadline:
             say("the drain takes too long: the root supervisor is killed, and started again to go on with it")
@@ -189,7 +135,7 @@ class Keeper:
 
     def _pause_s(self) -> float | None:
         """How long nothing is due, in seconds; None: for ever."""
-        moments = [part.due for part in self._parts if not part.running]
+        moments = [part.due_s for part in self._parts if not part.running]
         if self._draining:
             moments.append(self._drain_deadline)
         return max(0.0, min(moments) - time.monotonic()) if moments else None
@@ -202,17 +148,14 @@ class Keeper:
         elif part is self._root and code == EXIT_REFUSES:
             self._finish(1)
         else:
-            say(f"{part.name} (pid {pid}) has ended, {'how is not known' if code is None else how(code)}; it is started again")
+            say(f"{part.name} (pid {pid}) has ended, {how(code)}; it is started again")
         self._reap()
 
     def _finish(self, code: int) -> None:
         """End: the fork server first, since nobody is left who would want a process from it."""
         if self._fork_server.running:
             self._selector.unregister(self._fork_server.pidfd)
-            self._fork_server.signal(signal.SIGTERM)
-            wait_for(self._fork_server.pidfd, 5.0)
-            self._fork_server.signal(signal.SIGKILL)
-            self._fork_server.ended()
+            self._fork_server.stop(STOP_S)
         for path in (self._plan.socket, self._plan.fork_server_socket):
             path.unlink(missing_ok=True)
         self._exit_code = code
@@ -225,16 +168,21 @@ class Keeper:
             end.setblocking(False)
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._drain)
+            signal.signal(number, self._told_to_end)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
         def woken() -> None:
             waker.recv(4096)
+            if self._told_to_drain:
+                self._drain()
             self._reap()
 
         self._selector.register(waker, selectors.EVENT_READ, woken)
 
-    def _drain(self, *_: object) -> None:
+    def _told_to_end(self, *_: object) -> None:
+        self._told_to_drain = True  # no more than that: it may be called between any two instructions, those on a part included
+
+    def _drain(self) -> None:
         if not self._draining:
             self._draining = True
             self._drain_deadline = time.monotonic() + self._plan.drain_timeout_s
@@ -273,10 +221,7 @@ class Keeper:
             case Keep(names, data):
                 self._keep(names, data, descriptors)
             case Drop(names):
-                for name in names:
-                    if name in self._held:
-                        os.close(self._held.pop(name))
-                        self._data.pop(name, None)
+                self._held.drop(names)
             case Hello():
                 channel.send(Welcome(os.getpid(), self._stand_in, self._draining))
                 self._hand_over(channel)
@@ -286,7 +231,7 @@ class Keeper:
             case AskState():
                 root, fork_server = self._root, self._fork_server
                 state = State(
-                    os.getpid(), self._stand_in, root.restarts, fork_server.pid, fork_server.restarts, sorted(self._held)
+                    os.getpid(), self._stand_in, root.restarts, fork_server.pid, fork_server.restarts, self._held.names()
                 )
                 channel.send(state)
             case Yield(take_over):
@@ -305,20 +250,17 @@ class Keeper:
                 self._greeted.send(Yielded(), timeout_s=0)
 
     def _hand_over(self, channel: Channel) -> None:
-        for packet in in_packets(sorted(self._held), self._data):
-            channel.send(packet, [self._held[name] for name in packet.names])
+        for names, data, descriptors in self._held.packets(self._held.names()):
+            channel.send(Kept(names, data), descriptors)
         channel.send(KeptAll())
 
     def _keep(self, names: list[str], data: dict[str, bytes], descriptors: list[int]) -> None:
-        if len(names) != len(descriptors):
+        try:
+            self._held.put(names, descriptors, data)
+        except ValueError as error:
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise FrameError(f"{len(names)} names came with {len(descriptors)} descriptors")
-        for name, descriptor in zip(names, descriptors, strict=True):
-            if name in self._held:
-                os.close(self._held[name])
-            self._held[name] = descriptor
-        self._data.update(data)
+            raise FrameError(str(error)) from None
 
     def _close(self, channel: Channel) -> None:
         if self._greeted is channel:
@@ -381,28 +323,10 @@ def take_place(plan: Plan, take_over: bool) -> list[tuple[Kept, list[int]]]:
         ) from None
 
 
-def spawn(argv: Sequence[str]) -> int:
-    """Start a program in a session of its own, with nothing open but 0, 1 and 2 → its pid."""
-    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
-    child.returncode = 0  # Popen must never reap it, nor warn: the keeper waits by pidfd, and its reaper is the only one
-    return child.pid
-
-
-def wait_for(pidfd: int, timeout_s: float) -> None:
-    """Wait until the process has ended, or the time is over."""
-    waiting = select.poll()
-    waiting.register(pidfd, select.POLLIN)
-    waiting.poll(timeout_s * 1000)
-
-
 def raise_descriptor_limit() -> None:
     """Let this process, and all below it, hold as many descriptors as it may: a keeper holds half a dozen for each task."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def how(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def say(text: str) -> None:

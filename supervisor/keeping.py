@@ -7,10 +7,7 @@ what lies in a socket's queue when its sender dies.  Another keeper says `Yield`
 
 from __future__ import annotations
 
-from supervisor.channel import DESCRIPTORS_MAX
 from supervisor.frames import Codec, Message
-
-DATA_BYTES_MAX = 16 << 10  # what may be kept beside one descriptor: a FUSE INIT request, for instance
 
 
 class Hello(Message, frozen=True):
@@ -79,19 +76,3 @@ class Refused(Message, frozen=True):
 
 TO_KEEPER = Codec(Hello, Keep, Drop, AskState, Yield, size_bytes_max=160 << 10)
 FROM_KEEPER = Codec(Welcome, Kept, KeptAll, State, Refused, Yielded, size_bytes_max=160 << 10)
-
-
-def in_packets(names: list[str], data: dict[str, bytes]) -> list[Kept]:
-    """All that is held as messages small enough to send: at most 32 descriptors and about 64 KiB of data in each."""
-    packets: list[Kept] = []
-    batch: list[str] = []
-    size_bytes = 0
-    for name in names:
-        batch.append(name)
-        size_bytes += len(data.get(name, b""))
-        if len(batch) == DESCRIPTORS_MAX // 2 or size_bytes > 64 << 10:
-            packets.append(Kept(batch, {name: data[name] for name in batch if name in data}))
-            batch, size_bytes = [], 0
-    if batch:
-        packets.append(Kept(batch, {name: data[name] for name in batch if name in data}))
-    return packets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import time
 from pathlib import Path
@@ -25,12 +26,19 @@ def listen_at(path: Path, kind: int) -> socket.socket:
     return listener
 
 
-def connect_to(path: Path, kind: int, timeout_s: float) -> socket.socket | None:
-    """A connection to who listens at `path`, as soon as somebody does; None when nobody does in time."""
+def connect_to(path: Path, kind: int, timeout_s: float, server: int | None = None) -> socket.socket | None:
+    """A connection to who listens at `path`, as soon as somebody does; None when nobody does in time.
+
+    `server`: the pidfd of who is expected to; nothing is waited for any longer when that process has ended.
+    """
     deadline = time.monotonic() + timeout_s
     with INotify() as appearing:
         # Watched before it is tried: a name that appears in between is an event.
         appearing.add_watch(str(path.parent), flags.MOVED_TO)
+        waiting = select.poll()
+        waiting.register(appearing.fileno(), select.POLLIN)
+        if server is not None:
+            waiting.register(server, select.POLLIN)
         while True:
             connection = socket.socket(socket.AF_UNIX, kind)
             try:
@@ -39,5 +47,7 @@ def connect_to(path: Path, kind: int, timeout_s: float) -> socket.socket | None:
             except (FileNotFoundError, ConnectionRefusedError):
                 connection.close()
             left_s = deadline - time.monotonic()
-            if left_s <= 0 or not appearing.read(timeout=int(left_s * 1000)):
+            ready = [descriptor for descriptor, _ in waiting.poll(left_s * 1000)] if left_s > 0 else []
+            if appearing.fileno() not in ready:
                 return None
+            appearing.read()

@@ -58,7 +58,7 @@ def amount(unit: str, value: Any) -> float:
     """
     if isinstance(value, str):
         return PARSERS[unit](value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and (unit != "bytes" or value == int(value)):
+    if isinstance(value, int | float) and not isinstance(value, bool) and (unit != "bytes" or value % 1 == 0):
         return value
     raise QuantityError(f"{value!r} is not a limit: write a text such as {EXAMPLES[unit]}, or a number")
 

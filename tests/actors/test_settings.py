@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.settings import (
     CONFIGURATION,
     KEYS,
     RUN_DIR_BYTES_MAX,
+    VARIABLES,
+    Settings,
     SettingsError,
     accepted,
     key_of,
@@ -87,8 +91,8 @@ def test_image_directories_are_the_seeds_only_when_nothing_is_given(
 
 
 def test_the_directories_given_as_variables_give_the_same_directories() -> None:
-    for given in ({}, {"AERIE_STATE_DIR": "/s"}, {"AERIE_IMAGE_CACHE_DIR": "/c"}):
-        settings = parse({}, given)
+    for environment in ({}, {"AERIE_STATE_DIR": "/s"}, {"AERIE_IMAGE_CACHE_DIR": "/c"}):
+        settings = parse({}, environment)
         assert len(settings.directories()) == 5
         assert parse({}, settings.directories()) == settings
 
@@ -98,7 +102,7 @@ def test_every_fault_is_listed_at_once_and_says_what_is_accepted() -> None:
         "nowhere": {"x": 1},
         "state": "/srv",
         "image": {"colour": "red", "prefetch": "some", "unpacked_max": "1Ki", "cache_dir": "relative"},
-        "sandbox": {"memory": "12QB", "uid": 0, "cpu": "-1"},
+        "sandbox": {"memory": "12QB", "pids": 0, "cpu": "-1"},
     }
     found = faults(document, {"AERIE_GATEWAY_PARALLEL": "many", "AERIE_GATEWAY_PARALEL": "4"})
     for fault, words in zip(
@@ -111,15 +115,40 @@ def test_every_fault_is_listed_at_once_and_says_what_is_accepted() -> None:
             ("image.unpacked_max = 1Ki", "from 1Mi to 16Ti"),
             ("image.cache_dir = relative", "absolute"),
             ("sandbox.memory = 12QB", "512Mi"),
-            ("sandbox.uid = 0", "from 1 to"),
+            ("sandbox.pids = 0", "from 1 to"),
             ("sandbox.cpu = -1", "500m"),
             ("AERIE_GATEWAY_PARALLEL = many", "from 1 to 10000"),
             ("AERIE_GATEWAY_PARALEL", "no such setting"),
         ],
-        strict=False,
+        strict=True,
     ):
         assert all(word in fault for word in words), (fault, words)
-    assert len(found) == 11
+
+
+@pytest.mark.parametrize(
+    "name", ["AERIE_", "AERIE_STATE", "AERIE_state_dir", "AERIE_SANDBOX_UID", "AERIE_CONFIG_DIR", "AERIE_SANDBOX_MEMORY_BYTES"]
+)
+def test_a_variable_that_is_no_setting_is_a_fault(name: str) -> None:
+    (fault,) = faults({}, {name: "1"})
+    assert fault.startswith(f"{name}: there is no such setting")
+
+
+def test_who_a_task_is_cannot_be_set() -> None:
+    assert (parse({}, {}).sandbox.uid, parse({}, {}).sandbox.gid) == (1000, 1000)
+    assert "sandbox.uid: there is no such key" in faults({"sandbox": {"uid": 1001}})[0]
+
+
+@given(
+    st.sampled_from(sorted(VARIABLES)),
+    st.text(st.characters(blacklist_characters="\0")) | st.from_regex(r"[0-9]{1,50}(\.[0-9]+)?[A-Za-z]{0,2}", fullmatch=True),
+)
+def test_whatever_a_variable_holds_is_a_setting_or_one_fault_of_few_words(name: str, value: str) -> None:
+    try:
+        assert isinstance(parse({}, {name: value}), Settings)
+    except SettingsError as error:
+        (fault,) = error.faults
+        assert fault.startswith(f"{name} = ")
+        assert len(fault) < 500
 
 
 @pytest.mark.parametrize(
@@ -190,6 +219,18 @@ def test_directories_are_loaded_without_symbolic_links(tmp_path: Path) -> None:
     assert settings.state.dir == f"{tmp_path}/real/state"
     assert settings.run.dir == f"{tmp_path}/run"
     assert settings.image.cache_dir == f"{tmp_path}/real/state/images/cache"
+
+
+def test_directories_are_judged_by_where_their_links_lead(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    (tmp_path / "link").symlink_to(deep)
+    for state, run, word in (
+        (f"{tmp_path}/state", f"{tmp_path}/link", str(RUN_DIR_BYTES_MAX)),
+        (str(tmp_path), f"{tmp_path}/link/..", "the same"),
+    ):
+        with pytest.raises(SettingsError, match=word):
+            load_settings({"AERIE_STATE_DIR": state, "AERIE_RUN_DIR": run})
 
 
 def test_the_documented_file_holds_every_key_at_its_default_with_its_bounds() -> None:

@@ -1,27 +1,147 @@
-"""The programs that the tests of the fork server and of the keeper start: `python programs_under_test.py WHAT DIRECTORY …`."""
+"""The programs that the tests of the fork server and of the keeper start: `python programs_under_test.py WHAT DIRECTORY …`.
+
+The root supervisor here does what it is told on `root.sock`, and what files in the directory say, each once: `exit`, to end with
+that code as soon as it is started; `stubborn`, not to end at SIGTERM.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
 from pathlib import Path
+from typing import Any
+
+from supervisor.frames import Codec, Message
 
 ENTRIES = "tests.supervisor.processes_under_test"
+DRAIN_TIMEOUT_S = 0.5
 
 
-def main(what: str, directory: Path, *arguments: str) -> int:
+class Put(Message, frozen=True):
+    """Hold files with these contents."""
+
+    texts: dict[str, str]
+    data: dict[str, bytes] = {}
+
+
+class Remove(Message, frozen=True):
+    names: list[str]
+
+
+class Ask(Message, frozen=True):
+    pass
+
+
+class Holds(Message, frozen=True):
+    """The answer to each: everything that is held, and by whom; `error`: why what was asked was not done."""
+
+    pid: int
+    keeper: int
+    stand_in: bool
+    texts: dict[str, str]
+    data: dict[str, bytes]
+    descriptors: int
+    error: str = ""
+
+
+TO_ROOT = Codec(Put, Remove, Ask, size_bytes_max=4 << 20)
+FROM_ROOT = Codec(Holds, size_bytes_max=4 << 20)
+
+
+def main(what: str, directory: Path) -> int:
+    from supervisor.keeper import Plan, run_keeper
+
+    plan = Plan(directory, argv("root", directory), argv("fork-server", directory), DRAIN_TIMEOUT_S)
     match what:
+        case "keeper":
+            return run_keeper(plan)
+        case "take-over":
+            return run_keeper(plan, take_over=True)
+        case "stand-in":
+            return run_keeper(plan, stand_in=True)
+        case "keeper-of-nothing":  # until somebody makes the program
+            return run_keeper(Plan(directory, [str(directory / "program")], argv("fork-server", directory), DRAIN_TIMEOUT_S))
         case "fork-server":
             from supervisor.forkserver import main as serve_forks
 
             serve_forks(directory / "forkserver.sock", directory / "forkserver.lock", [ENTRIES])
+        case "root":
+            return root(directory)
     raise ValueError(what)
 
 
-def argv(what: str, directory: Path, *arguments: str) -> list[str]:
-    return [sys.executable, os.path.abspath(__file__), what, str(directory), *arguments]
+def root(directory: Path) -> int:
+    from supervisor.channel import Channel, ChannelClosed
+    from supervisor.descriptors import Descriptors
+    from supervisor.lockfile import LockFile
+    from supervisor.sockets import listen_at
+    from supervisor.watch import Watcher
+
+    def drain(*_: object) -> None:
+        if (directory / "stubborn").exists():
+            (directory / "stubborn").unlink()
+            return
+        (directory / "drained").touch()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, drain)
+    if (directory / "exit").exists():
+        code = int((directory / "exit").read_text())
+        (directory / "exit").unlink()
+        return code
+    if not LockFile(directory / "root.lock").acquire():
+        return 1
+    watcher = Watcher()
+    watcher.start()
+    descriptors = Descriptors(directory / "keeper.sock", argv("stand-in", directory), watcher)
+    descriptors.connect()
+    listener = listen_at(directory / "root.sock", socket.SOCK_SEQPACKET)
+    while True:
+        connection, _ = listener.accept()
+        channel = Channel(connection, TO_ROOT)
+        try:
+            while True:
+                message, _ = channel.receive(None)
+                error = do(descriptors, message)
+                channel.send(holds(descriptors, error))
+        except ChannelClosed:
+            channel.close()
+
+
+def do(descriptors: Any, message: Message) -> str:
+    try:
+        match message:
+            case Put(texts, data):
+                files = {}
+                for name, text in texts.items():
+                    files[name] = os.memfd_create(name)
+                    os.write(files[name], text.encode())
+                descriptors.keep(files, data)
+            case Remove(names):
+                descriptors.drop(*names)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def holds(descriptors: Any, error: str) -> Holds:
+    names = descriptors.names()
+    return Holds(
+        os.getpid(),
+        descriptors.welcome.pid,
+        descriptors.welcome.stand_in,
+        {name: os.pread(descriptors.get(name), 100, 0).decode() for name in names},
+        {name: descriptors.data(name) for name in names if descriptors.data(name)},
+        len(os.listdir("/proc/self/fd")),
+        error,
+    )
+
+
+def argv(what: str, directory: Path) -> list[str]:
+    return [sys.executable, os.path.abspath(__file__), what, str(directory)]
 
 
 if __name__ == "__main__":
-    what, directory, *arguments = sys.argv[1:]
-    sys.exit(main(what, Path(directory), *arguments))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

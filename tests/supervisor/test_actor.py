@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from tests.supervisor.actors_under_test import TIMEOUT_S, Alone, Log, Puppet, cr
 
 
 @pytest.fixture
-def alone(system: System, logged: list[str]) -> Iterator[Alone]:
+def alone(system: System, logged: list[str]) -> Alone:
     return Alone(system)
 
 

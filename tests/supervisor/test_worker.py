@@ -19,7 +19,7 @@ from supervisor.system import System
 from supervisor.watch import Watcher
 from supervisor.worker import Ended, Said, Started, Worker
 from tests.supervisor.actors_under_test import TIMEOUT_S, Log, hold
-from tests.supervisor.conftest import ends
+from tests.supervisor.descendants import ends
 from tests.supervisor.processes_under_test import FROM_CHILD, Crash, Say
 from tests.supervisor.programs_under_test import ENTRIES
 

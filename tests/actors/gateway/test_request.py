@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.gateway.request import amount, faults
 from actors.quantities import QuantityError
@@ -32,6 +35,13 @@ def test_a_workspace_is_one_path_component(name: str | None) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "x" * 256, "ä" * 128, "a\0b"])
 def test_a_workspace_is_nothing_else(name: str) -> None:
     assert "workspace" in wrong(workspace=name)[0]
+
+
+@given(st.text())
+def test_a_workspace_that_is_let_through_lies_in_its_directory(name: str) -> None:
+    if not wrong(workspace=name):
+        inside = os.path.normpath(os.fsencode(f"/workspaces/{name}"))
+        assert os.path.split(inside) == (b"/workspaces", os.fsencode(name))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +98,17 @@ def test_a_limit_is_a_text_or_a_number(unit: str, given: object, expected: float
 
 
 @pytest.mark.parametrize(
-    ("unit", "given"), [("bytes", 0.5), ("bytes", True), ("bytes", None), ("s", [1]), ("cores", "x"), ("s", "1x")]
+    ("unit", "given"),
+    [
+        ("bytes", 0.5),
+        ("bytes", float("inf")),
+        ("bytes", float("nan")),
+        ("bytes", True),
+        ("bytes", None),
+        ("s", [1]),
+        ("cores", "x"),
+        ("s", "1x"),
+    ],
 )
 def test_a_limit_is_nothing_else(unit: str, given: object) -> None:
     with pytest.raises(QuantityError):

@@ -27,11 +27,27 @@ def mover(tmp_path: Path) -> Iterator[RunningMover]:
     running.end()
 
 
+class SmallDisk:
+    """A file system of 1 MiB at `path`.  To be asked for before a mover, which is to have ended when it is unmounted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fill(self) -> None:
+        """Leave no room."""
+        with open(self.path / "fill", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(4096))
+
+    def free(self) -> None:
+        """Give back what `fill` took."""
+        (self.path / "fill").unlink()
+
+
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     path = tmp_path / "disk"
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], check=True)
-    yield path
+    yield SmallDisk(path)
     subprocess.run(["umount", path], check=True)

@@ -9,6 +9,7 @@ import pytest
 
 from actors.output.course import TURN_BYTES, Course
 from actors.output.sinks import SinkPosition
+from tests.actors.output.conftest import SmallDisk
 from tests.actors.output.movers import file_sink
 from tests.actors.output.records import record
 
@@ -27,28 +28,26 @@ def test_a_turn_is_bounded(tmp_path: Path) -> None:
     assert (size_bytes, turns) == (400_000, 8)
 
 
-def test_it_goes_on_from_what_is_on_record_after_an_error(small_disk: Path, tmp_path: Path) -> None:
+def test_it_goes_on_from_what_is_on_record_after_an_error(small_disk: SmallDisk, tmp_path: Path) -> None:
     lines = [b"%0100d" % number for number in range(600)]
-    journal, fill = tmp_path / "journal", small_disk / "fill"
-    with closing(Course("task", str(tmp_path), file_sink(small_disk / "task.log"), SinkPosition())) as course:
+    journal, log = tmp_path / "journal", small_disk.path / "task.log"
+    with closing(Course("task", str(tmp_path), file_sink(log), SinkPosition())) as course:
         journal.write_bytes(b"".join(record("stdout", "F", line) for line in lines[:300]) + record("stderr", "P", b"part"))
         assert course.move() and not course.move()
         position = course.record(0.0, at_once=True)
         assert position == course.position != SinkPosition()
         with open(journal, "ab") as file:
             file.write(record("stderr", "F", b"ial") + b"".join(record("stdout", "F", line) for line in lines[300:]))
-        with open(fill, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-            while True:
-                file.write(bytes(4096))
+        small_disk.fill()
         with pytest.raises(OSError, match="No space left"):
             course.move()
         course.close()
         assert (course.position, course.dirty) == (position, False)
-        fill.unlink()
+        small_disk.free()
         course.finishing = True
         while course.move():
             pass
         assert course.record(0.0, at_once=True) == course.position != position
         assert course.record(0.0, at_once=True) is None, "it has not moved since"
     written = [line + b"\n" for line in lines]
-    assert (small_disk / "task.log").read_bytes() == b"".join([*written[:300], b"partial\n", *written[300:]])
+    assert log.read_bytes() == b"".join([*written[:300], b"partial\n", *written[300:]])

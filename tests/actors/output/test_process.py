@@ -18,6 +18,7 @@ from actors.output.follower import Position
 from actors.output.lines import LINE_BYTES_MAX
 from actors.output.sinks import SinkPosition
 from actors.sandbox.messages import Sink
+from tests.actors.output.conftest import SmallDisk
 from tests.actors.output.movers import RunningMover, file_sink, forked
 from tests.actors.output.records import record
 
@@ -155,7 +156,7 @@ def test_a_kind_of_sink_that_there_is_not(mover: RunningMover, tmp_path: Path) -
 
 
 def test_growth_that_inotify_had_no_room_for_is_found(mover: RunningMover, tmp_path: Path) -> None:
-    tasks = ["loud", "louder", "quiet"]
+    tasks = ["quiet", "loud", "louder"]  # in this order: it has looked again, and found nothing more, before it is stopped
     for task in tasks:
         (tmp_path / task).mkdir()
         (tmp_path / task / "journal").write_bytes(record("stdout", "F", b"first"))
@@ -188,14 +189,12 @@ def test_a_directory_that_is_removed(mover: RunningMover, tmp_path: Path) -> Non
     assert log.read_bytes() == b"line\n"
 
 
-def test_a_full_disk_costs_a_sink_and_a_spill_only_time(mover: RunningMover, tmp_path: Path, small_disk: Path) -> None:
-    fill, full = small_disk / "fill", small_disk / "output"
+def test_a_full_disk_costs_a_sink_and_a_spill_only_time(small_disk: SmallDisk, mover: RunningMover) -> None:
+    full = small_disk.path / "output"
     full.mkdir()
     (full / "journal").write_bytes(b"".join(record("stdout", "F", b"%0100d" % number) for number in range(2000)))
-    with open(fill, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while True:
-            file.write(bytes(4096))
-    mover.follow("task", full, [Sink("file", str(full / "task.log"))])
+    small_disk.fill()
+    mover.follow("task", full, [file_sink(full / "task.log")])
     assert mover.hear(wire.SinkFailed).sink == f"file:{full}/task.log"
     reader, writer = os.pipe()
     os.write(writer, b"spilled " * 1000)
@@ -206,11 +205,25 @@ def test_a_full_disk_costs_a_sink_and_a_spill_only_time(mover: RunningMover, tmp
     began_s = mover.processor_s()
     assert mover.hear(wire.SinkFailed, wire.Pumped, wire.Drained, within_s=0.7) is None
     assert mover.processor_s() - began_s < 0.3, "it waits, though pipe and journal are readable all the time"
-    fill.unlink()
+    small_disk.free()
     assert mover.hear(wire.Pumped)
     mover.finish("task")
     assert mover.hear(wire.Drained)
     assert (full / "task.log").read_bytes() == b"".join(b"%0100d\n" % number for number in range(2000)) + b"spilled " * 1000
+
+
+def test_each_outage_is_told_once(small_disk: SmallDisk, mover: RunningMover, tmp_path: Path) -> None:
+    block = b"".join(record("stdout", "F", b"%0100d" % number) for number in range(400))
+    mover.follow("task", tmp_path, [file_sink(small_disk.path / "task.log")])
+    for outage in range(2):
+        small_disk.fill()
+        with open(tmp_path / "journal", "ab") as journal:
+            journal.write(block)
+        assert "No space left" in mover.hear(wire.SinkFailed).error
+        small_disk.free()
+        while (small_disk.path / "task.log").stat().st_size < (outage + 1) * 400 * 101:
+            assert mover.hear(wire.Moved)
+    assert len([message for message in mover.heard if isinstance(message, wire.SinkFailed)]) == 2
 
 
 def test_a_mover_with_nothing_to_move_rests(mover: RunningMover, tmp_path: Path) -> None:

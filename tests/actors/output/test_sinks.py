@@ -8,6 +8,7 @@ import pytest
 from loguru import logger
 
 from actors.output.sinks import ConsoleSink, FileSink
+from tests.actors.output.conftest import SmallDisk
 
 
 @pytest.fixture
@@ -41,21 +42,21 @@ def test_a_file_that_somebody_shortened_gets_no_hole(tmp_path: Path) -> None:
     assert (tmp_path / "task.log").read_bytes() == b"one\ntwo\n"
 
 
-def test_what_a_full_disk_did_not_take_is_cut_off_by_the_next(small_disk: Path) -> None:
-    (small_disk / "fill").write_bytes(bytes(1 << 19))
+def test_what_a_full_disk_did_not_take_is_cut_off_by_the_next(small_disk: SmallDisk) -> None:
+    (small_disk.path / "fill").write_bytes(bytes(1 << 19))
     lines = [("stdout", b"%07d\n" % number) for number in range(1 << 17)]  # 1 MiB, half of which has room
-    sink = FileSink(str(small_disk / "task.log"), 0)
+    sink = FileSink(str(small_disk.path / "task.log"), 0)
     sink.take(lines[:10])
     length_bytes = sink.make_durable()
     with pytest.raises(OSError, match="No space left"):
         sink.take(lines[10:])
     sink.close()
-    assert (small_disk / "task.log").stat().st_size == 1 << 19
-    again = FileSink(str(small_disk / "task.log"), length_bytes)
+    assert (small_disk.path / "task.log").stat().st_size == 1 << 19
+    again = FileSink(str(small_disk.path / "task.log"), length_bytes)
     again.take(lines[10:20])
     assert again.make_durable() == 160
     again.close()
-    assert (small_disk / "task.log").read_bytes() == b"".join(line for _, line in lines[:20])
+    assert (small_disk.path / "task.log").read_bytes() == b"".join(line for _, line in lines[:20])
 
 
 @pytest.mark.parametrize("name", ["directory", "file/below"])

@@ -1,0 +1,273 @@
+"""A real keeper with test programs as its parts: what it holds, restarts, reaps, and how it ends and is replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from supervisor.channel import Channel, ChannelClosed
+from supervisor.isolation import Isolation
+from supervisor.keeper import EXIT_REFUSES, EXIT_RUNNING
+from supervisor.keeping import TO_KEEPER, Drop, Hello, Keep, Kept, KeptAll, Welcome
+from supervisor.pidfd import pid_of
+from tests.supervisor.daemons_under_test import Daemon
+from tests.supervisor.descendants import ends, kill
+from tests.supervisor.processes_under_test import FROM_CHILD, Say
+from tests.supervisor.programs_under_test import ENTRIES, Put, Remove, argv
+
+
+def isolated(daemon: Daemon, entry: str = "echo") -> tuple[int, int, Channel]:
+    process = Isolation(str(daemon.directory / "forkserver.sock")).start(entry, f"{ENTRIES}:{entry}", Say("hello"), FROM_CHILD)
+    return process.pid, process.pidfd, process.channel
+
+
+# --- what it holds and restarts ---
+
+
+def test_a_keeper_starts_its_parts(daemon: Daemon) -> None:
+    keeper = daemon.start()
+    held = daemon.ask()
+    assert (held.keeper, held.stand_in, held.texts) == (keeper.pid, False, {})
+    pid, pidfd, channel = isolated(daemon)
+    assert channel.receive(10)[0].text == "hello"
+    state = daemon.state()
+    assert (state.pid, state.stand_in, state.root_restarts, state.fork_server_restarts) == (keeper.pid, False, 0, 0)
+    assert Path(f"/proc/{keeper.pid}/comm").read_text() == "keeper\n"
+    channel.close()
+    assert ends(pid, 10)
+    os.close(pidfd)
+
+
+def test_what_is_held_outlives_the_root_supervisor(daemon: Daemon) -> None:
+    daemon.start()
+    before = daemon.ask(Put({"a": "one", "b": "two", "c": "three"}, {"a": b"data of a", "b": b"data of b"}))
+    before = daemon.ask(Remove(["b", "none"]))
+    for restarts in (1, 2, 3):
+        kill(before.pid)
+        after = daemon.ask()
+        assert after.pid != before.pid
+        assert (after.texts, after.data) == ({"a": "one", "c": "three"}, {"a": b"data of a"})
+        state = daemon.kept("a", "c")
+        assert (state.root_restarts, state.fork_server_restarts) == (restarts, 0)
+        before = after
+    assert daemon.log().count("root supervisor (pid") == 3
+    assert "has ended, killed by signal 9; it is started again" in daemon.log()
+
+
+def test_what_was_put_in_the_moment_of_death_is_held(daemon: Daemon) -> None:
+    """What lies in a socket's queue when its sender dies is still read."""
+    daemon.start()
+    for number in range(3):
+        kill(daemon.ask(Put({f"file {number}": str(number)})).pid)
+    assert daemon.ask().texts == {f"file {number}": str(number) for number in range(3)}
+
+
+def test_the_fork_server_is_started_again_and_its_processes_live_on(daemon: Daemon) -> None:
+    daemon.start()
+    root = daemon.ask().pid
+    pid, pidfd, channel = isolated(daemon)
+    channel.receive(10)
+    server = daemon.state().fork_server_pid
+    kill(server)
+    second_pid, second_pidfd, second = isolated(daemon)  # waits for the next one
+    assert second.receive(10)[0].text == "hello"
+    channel.send(Say("still there?"))
+    assert channel.receive(10)[0].text == "still there?"
+    state = daemon.state()
+    assert state.fork_server_restarts == 1
+    assert state.fork_server_pid not in (server, 0)
+    assert daemon.ask().pid == root
+    for end, number, descriptor in ((channel, pid, pidfd), (second, second_pid, second_pidfd)):
+        end.close()
+        assert ends(number, 10)
+        os.close(descriptor)
+
+
+def test_orphans_are_reaped(daemon: Daemon) -> None:
+    """Processes whose fork server died, and which end later."""
+    daemon.start()
+    pid, pidfd, channel = isolated(daemon, "outlive")
+    kill(daemon.state().fork_server_pid)
+    kill(pid)
+    for _ in range(2):  # the second answer comes a round after it has heard of the end
+        daemon.state()
+    assert pid_of(pidfd) is None
+    os.close(pidfd)
+    channel.close()
+
+
+def test_a_part_that_cannot_be_started_is_tried_again_and_nothing_is_lost(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.start("keeper-of-nothing")
+    assert daemon.state().root_restarts == -1
+    (tmp_path / "new").write_text("#!/bin/sh\nexec " + " ".join(argv("root", tmp_path)) + "\n")
+    (tmp_path / "new").chmod(0o700)
+    (tmp_path / "new").rename(tmp_path / "program")
+    assert daemon.ask().texts == {}
+    assert daemon.state().root_restarts == 0
+    assert "root supervisor cannot be started, it is tried again: [Errno 2]" in daemon.log()
+
+
+# --- clients that it cannot trust ---
+
+
+def test_garbage_costs_its_sender_the_connection(daemon: Daemon) -> None:
+    daemon.start()
+    daemon.ask(Put({"a": "one"}))
+    for garbage in (b"garbage", TO_KEEPER.encode(Keep(["b"])), TO_KEEPER.encode(Keep(["b"], {"b": b"x" * 20_000}))):
+        channel = daemon.connect("keeper.sock")
+        channel.socket.send(garbage)
+        with pytest.raises(ChannelClosed):
+            channel.receive(10)
+        channel.close()
+    assert daemon.kept("a").root_restarts == 0
+    assert "a client of the keeper broke the protocol: 1 names came with 0 descriptors" in daemon.log()
+
+
+def test_what_another_client_holds_and_drops_is_handed_out(daemon: Daemon) -> None:
+    keeper = daemon.start()
+    daemon.ask(Put({"a": "one"}))
+    daemon.kept("a")
+    client = daemon.connect("keeper.sock")
+    client.send(Keep(["b"]), [0])
+    client.send(Drop(["a", "none"]))
+    client.send(Hello())
+    assert client.receive(10) == (Welcome(keeper.pid, False, False), [])
+    kept, (copy,) = client.receive(10)
+    assert kept == Kept(["b"])
+    assert client.receive(10) == (KeptAll(), [])
+    os.close(copy)
+    client.close()
+
+
+# --- the end ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_ends_it_with_success(daemon: Daemon, number: int, tmp_path: Path) -> None:
+    keeper = daemon.start()
+    root = daemon.ask().pid
+    server = daemon.state().fork_server_pid
+    keeper.send_signal(number)
+    assert keeper.wait(10) == 0
+    assert (tmp_path / "drained").exists()
+    assert ends(root, 0) and ends(server, 0)
+    assert not (tmp_path / "keeper.sock").exists() and not (tmp_path / "forkserver.sock").exists()
+
+
+def test_a_drain_that_takes_too_long_is_gone_on_with_by_another_root_supervisor(daemon: Daemon, tmp_path: Path) -> None:
+    keeper = daemon.start()
+    daemon.ask()
+    (tmp_path / "stubborn").touch()
+    keeper.terminate()
+    assert keeper.wait(10) == 0
+    assert (tmp_path / "drained").exists()
+    assert "the drain takes too long" in daemon.log()
+
+
+def test_a_root_supervisor_that_dies_while_it_drains_is_started_again_to_go_on_with_it(daemon: Daemon, tmp_path: Path) -> None:
+    keeper = daemon.start()
+    root = daemon.ask().pid
+    (tmp_path / "stubborn").touch()
+    os.kill(root, signal.SIGSTOP)  # so that it is certainly killed before it could have drained
+    keeper.terminate()
+    kill(root)
+    (tmp_path / "stubborn").unlink(missing_ok=True)
+    assert keeper.wait(10) == 0
+    assert (tmp_path / "drained").exists()
+
+
+def test_a_root_supervisor_that_refuses_ends_it(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "exit").write_text(str(EXIT_REFUSES))
+    keeper = daemon.start()
+    assert keeper.wait(10) == 1
+
+
+def test_a_root_supervisor_that_ends_by_itself_is_started_again(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "exit").write_text("0")  # success, which nobody asked it for
+    daemon.start()
+    daemon.ask()
+    assert daemon.state().root_restarts == 1
+    assert "has ended, exit code 0; it is started again" in daemon.log()
+
+
+# --- two of them ---
+
+
+def test_there_is_one_keeper_to_a_directory(daemon: Daemon) -> None:
+    first = daemon.start()
+    root = daemon.ask(Put({"a": "one"})).pid
+    second = daemon.start()
+    assert second.wait(10) == EXIT_RUNNING
+    assert f"already running, pid {first.pid}: stop it first, or say --take-over" in daemon.log()
+    third = daemon.start("stand-in")
+    assert third.wait(10) == EXIT_RUNNING
+    assert (daemon.state().pid, daemon.ask().pid, daemon.ask().texts) == (first.pid, root, {"a": "one"})
+
+
+def test_a_keeper_takes_over_and_everything_below_it_is_new_but_what_is_held_and_what_runs(daemon: Daemon) -> None:
+    first = daemon.start()
+    before = daemon.ask(Put({"a": "one"}, {"a": b"data"}))
+    server = daemon.state().fork_server_pid
+    pid, pidfd, channel = isolated(daemon)
+    channel.receive(10)
+    second = daemon.start("take-over")
+    assert first.wait(10) == 0
+    assert ends(before.pid, 10) and ends(server, 10)
+    after = daemon.ask()
+    assert after.pid != before.pid
+    assert (after.keeper, after.stand_in, after.texts, after.data) == (second.pid, False, {"a": "one"}, {"a": b"data"})
+    assert after.descriptors == before.descriptors
+    channel.send(Say("still there?"))
+    assert channel.receive(10)[0].text == "still there?"
+    state = daemon.state()
+    assert (state.pid, state.names) == (second.pid, ["a"])
+    assert state.fork_server_pid != server
+    assert "a stand-in takes its place" not in daemon.log()
+    channel.close()
+    assert ends(pid, 10)
+    os.close(pidfd)
+    second.terminate()
+    assert second.wait(10) == 0
+
+
+def test_a_keeper_that_takes_over_where_nobody_is_just_starts(daemon: Daemon) -> None:
+    keeper = daemon.start("take-over")
+    assert daemon.ask().keeper == keeper.pid
+
+
+def test_a_keeper_and_its_root_supervisor_are_killed_together(daemon: Daemon) -> None:
+    """Nobody is left to stand in; the next keeper that somebody starts finds the fork server, and starts a root supervisor."""
+    first = daemon.start()
+    root = daemon.ask(Put({"a": "one"})).pid
+    pid, pidfd, channel = isolated(daemon)
+    channel.receive(10)
+    server = daemon.state().fork_server_pid
+    os.kill(root, signal.SIGSTOP)  # lest it be faster than this test
+    kill(first.pid)
+    kill(root)
+    second = daemon.start()
+    after = daemon.ask()
+    assert (after.keeper, after.texts) == (second.pid, {})  # all its holders died
+    assert daemon.state().fork_server_pid == server
+    channel.send(Say("still there?"))
+    assert channel.receive(10)[0].text == "still there?"
+    channel.close()
+    assert ends(pid, 10)
+    os.close(pidfd)
+
+
+def test_parts_have_nothing_of_who_started_the_keeper(daemon: Daemon, tmp_path: Path) -> None:
+    """Descriptors that are inherited by accident would keep a pipe or a mount of somebody else's alive."""
+    reader, writer = os.pipe()
+    with open(tmp_path / "log", "ab") as log:
+        keeper = subprocess.Popen(argv("keeper", tmp_path), stdin=subprocess.DEVNULL, stderr=log, pass_fds=[writer])
+    daemon.started.append(keeper)
+    pipe = os.readlink(f"/proc/self/fd/{reader}")
+    for pid in (daemon.ask().pid, daemon.state().fork_server_pid):
+        assert pipe not in {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    os.close(reader)
+    os.close(writer)
