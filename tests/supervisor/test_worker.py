@@ -254,7 +254,7 @@ def test_words_of_an_earlier_process_are_dropped(bosses: Callable[..., Boss]) ->
 
 
 def test_nothing_is_heard_of_a_worker_that_was_let_go(bosses: Callable[..., Boss]) -> None:
-    boss = bosses("chatter", "100")
+    boss = bosses("beat")  # it talks on until it is killed
 
     def let_go(boss: Boss) -> int:
         process = boss.worker.process
