@@ -35,7 +35,8 @@ from actors.image.errors import (
 from actors.image.manifests import Descriptor, Index, Manifest, Platform, choose, parse_config, parse_manifest
 from actors.image.reference import Reference
 from actors.image.registry import Registry
-from tests.actors.image.images import OCI, Repository, digest, member, tar
+from tests.actors.image.images import OCI, Repository, RunningRegistry, digest, member, tar
+from tests.actors.image.proxy import Proxy
 
 AMD64 = Platform("linux", "amd64")
 BLOB = bytes(range(256)) * 4096  # 1 MiB
@@ -291,6 +292,21 @@ def test_a_tampered_manifest_or_config_is_noticed(repository: Repository) -> Non
     file.write_bytes(good.replace(b"schemaVersion", b"schemaversion"))
     with opened(repository) as registry, pytest.raises(ContentCorrupt, match=pushed["digest"]):
         registry.manifest(pushed["digest"])
+
+
+# Through a proxy that misbehaves
+
+
+def through(proxy: Proxy, repository: Repository, **access: Any) -> Registry:
+    return Registry(Reference.parse(f"{proxy.address}/{repository.name}"), **access)
+
+
+def test_a_range_moves_no_more_than_it_is_long(registry: RunningRegistry, repository: Repository) -> None:
+    blob = repository.push_blob(BLOB)["digest"]
+    with Proxy(registry.address) as proxy, through(proxy, repository) as client:
+        assert client.read_range(blob, 1000, 5000) == BLOB[1000:6000]
+        assert proxy.body_bytes("/blobs/") == 5000
+        assert [exchange.range for exchange in proxy.seen("/blobs/")] == [(1000, 5000)]
 
 
 # Against servers that do what a test wants

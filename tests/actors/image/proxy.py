@@ -1,0 +1,256 @@
+"""A proxy in front of a real registry (or S3 server): it counts what passes, and misbehaves on command.
+
+    with Proxy(registry.address) as proxy:
+        proxy.on("/blobs/", status(429, Retry_After="1"), times=2)  # the next two requests for blobs
+        ... f"{proxy.address}/{repository.name}" ...
+        assert proxy.body_bytes("/blobs/") < 1000
+
+Without a command it passes everything on.  Of several commands for a path the first one given that has requests left is obeyed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import socket
+import threading
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+PIECE_BYTES = 16 << 10
+HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-authorization"}
+
+
+@dataclass
+class Exchange:
+    """One request, and how it was answered."""
+
+    method: str
+    path: str  # with the query
+    headers: dict[str, str]
+    status: int = 0
+    body_bytes: int = 0  # of the answer, as far as it was sent
+    handler: Any = field(default=None, repr=False)
+    proxy: Any = field(default=None, repr=False)
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        """Offset and length of the range asked for; the length of an open one is 0."""
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        return (int(asked[1]), int(asked[2]) - int(asked[1]) + 1 if asked[2] else 0) if asked else None
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        """Answer here and now; `_` in a header's name is `-`."""
+        self.handler.send_response(status)
+        for name, value in headers.items():
+            self.handler.send_header(name.replace("_", "-"), value)
+        self.handler.send_header("Content-Length", str(len(body)))
+        self.handler.end_headers()
+        self._sent(status)
+        if self.method != "HEAD":
+            self._send(body)
+
+    def forward(
+        self, without: tuple[str, ...] = (), cut_after: int | None = None, pace: Callable[[int], None] | None = None
+    ) -> None:
+        """Pass the request on, `without` some headers, and the answer back: all of it, or `cut_after` so many bytes.
+
+        `pace(sent)` is called before each piece of the answer with the bytes sent before it, and may wait.
+        """
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.handler.rfile.read(length) if length else None
+        upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
+        try:
+            dropped = {name.lower() for name in without} | HOP_BY_HOP
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
+            upstream.request(self.method, self.path, body, headers)
+            answer = upstream.getresponse()
+            self.handler.send_response(answer.status, answer.reason)
+            for name, value in answer.getheaders():
+                if name.lower() not in HOP_BY_HOP:
+                    self.handler.send_header(name, value)
+            bodiless = self.method == "HEAD" or answer.status in (204, 304) or answer.getheader("Content-Length") is not None
+            if not bodiless:
+                self.handler.close_connection = True
+                self.handler.send_header("Connection", "close")
+            self.handler.end_headers()
+            self._sent(answer.status)
+            while True:
+                if pace:
+                    pace(self.body_bytes)
+                size = PIECE_BYTES if cut_after is None else min(PIECE_BYTES, cut_after - self.body_bytes)
+                if size <= 0:
+                    self.handler.close_connection = True
+                    self.handler.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                if not (piece := answer.read(size)):
+                    return
+                self._send(piece)
+        finally:
+            upstream.close()
+
+    def _sent(self, status: int) -> None:
+        self.status = status
+
+    def _send(self, piece: bytes) -> None:
+        with self.proxy.lock:
+            self.body_bytes += len(piece)  # before it is sent: who has received it finds it counted
+        self.handler.wfile.write(piece)
+
+
+Action = Callable[[Exchange], None]
+
+
+class Proxy:
+    """It listens on a loopback port as long as its context lasts.  `exchanges` are all that came, in the order of their coming."""
+
+    def __init__(self, upstream: str) -> None:
+        self.upstream = upstream
+        self.lock = threading.Lock()
+        self.exchanges: list[Exchange] = []
+        self.closing = threading.Event()  # what an action waits for besides its own time
+        self._commands: list[list[Any]] = []  # pattern, action, requests left (None: any number)
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = 60
+            # Head and body leave in two writes; with Nagle's algorithm the second waits for the client's delayed ACK.
+            disable_nagle_algorithm = True
+
+            def handle_one_request(self) -> None:
+                try:
+                    super().handle_one_request()
+                except OSError:
+                    self.close_connection = True  # the client went away, or the proxy cut it off
+
+            def do_GET(self) -> None:
+                proxy._take(self)
+
+            def do_HEAD(self) -> None:
+                proxy._take(self)
+
+            def do_PUT(self) -> None:
+                proxy._take(self)
+
+            def do_POST(self) -> None:
+                proxy._take(self)
+
+            def do_DELETE(self) -> None:
+                proxy._take(self)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def on(self, pattern: str, action: Action, times: int | None = None) -> None:
+        """Do `action` with the next `times` requests (None: all) whose path has the regular expression `pattern`."""
+        with self.lock:
+            self._commands.append([re.compile(pattern), action, times])
+
+    def behave(self) -> None:
+        """Forget all commands."""
+        with self.lock:
+            self._commands.clear()
+
+    def seen(self, pattern: str = "") -> list[Exchange]:
+        """The exchanges whose path has the regular expression `pattern`."""
+        with self.lock:
+            return [exchange for exchange in self.exchanges if re.search(pattern, exchange.path)]
+
+    def body_bytes(self, pattern: str = "") -> int:
+        """The bytes of all answers' bodies to such requests, sent so far."""
+        return sum(exchange.body_bytes for exchange in self.seen(pattern))
+
+    def forget(self) -> None:
+        """Count from zero."""
+        with self.lock:
+            self.exchanges.clear()
+
+    def _take(self, handler: BaseHTTPRequestHandler) -> None:
+        exchange = Exchange(handler.command, handler.path, dict(handler.headers), handler=handler, proxy=self)
+        with self.lock:
+            self.exchanges.append(exchange)
+            action: Action = Exchange.forward
+            for command in self._commands:
+                if command[2] != 0 and command[0].search(handler.path):
+                    action = command[1]
+                    if command[2] is not None:
+                        command[2] -= 1
+                    break
+        action(exchange)
+
+
+def status(code: int, body: bytes = b"", **headers: str) -> Action:
+    """Answer so, whatever was asked."""
+    return lambda exchange: exchange.answer(code, body, **headers)
+
+
+def cut(after_bytes: int) -> Action:
+    """Break the connection after so many bytes of the body."""
+    return lambda exchange: exchange.forward(cut_after=after_bytes)
+
+
+def stall(after_bytes: int, time_s: float = 3600.0) -> Action:
+    """Send so many bytes of the body, then nothing for so long, or until the proxy closes."""
+
+    def act(exchange: Exchange) -> None:
+        def pace(sent: int) -> None:
+            if sent >= after_bytes:
+                exchange.proxy.closing.wait(time_s)
+
+        exchange.forward(pace=pace)
+
+    return act
+
+
+def silent(time_s: float = 3600.0) -> Action:
+    """Take the request and say nothing for so long, or until the proxy closes."""
+
+    def act(exchange: Exchange) -> None:
+        exchange.proxy.closing.wait(time_s)
+        exchange.handler.close_connection = True
+
+    return act
+
+
+def throttle(bytes_per_s: float) -> Action:
+    """Send the body no faster than that, a piece at a time."""
+
+    def act(exchange: Exchange) -> None:
+        begin = time.monotonic()
+
+        def pace(sent: int) -> None:
+            exchange.proxy.closing.wait(max(0.0, begin + sent / bytes_per_s - time.monotonic()))
+
+        exchange.forward(pace=pace)
+
+    return act
+
+
+def without_ranges(exchange: Exchange) -> None:
+    """Answer with the whole blob, as a registry that knows no ranges does."""
+    exchange.forward(without=("Range",))
