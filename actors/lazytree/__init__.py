@@ -14,6 +14,7 @@ serves immutable bytes only: every request can be executed twice, and a killed s
     mounts     mounting all of it, finding and removing what is mounted
     wire       what a LAZY server and its parent say to each other (no FUSE in it: the parent imports it)
     server     the LAZY server (pyfuse3), over a `Source` of content
+    served     a LAZY mount and its servers, one after another, for the actor that owns the tree
 
 An overlay inode stays bound to the layer in which its object was at first open; an object that comes to OBJECTS later is used by
 the next mount.  Overlayfs does not check an object's size: what is in OBJECTS must be right.

@@ -6,16 +6,14 @@ belong to the keeper and the kernel: this actor may be restarted at any moment a
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 from typing import Any
 
 from loguru import logger
 
 from actors.lazytree import mounts
-from actors.lazytree.connection import collect, write_down
 from actors.lazytree.objects import Objects
+from actors.lazytree.served import LazyServer, Program
 from actors.lazytree.table import ObjectTable
 from actors.lazytree.wire import Progress, ReadFailed, Ready, ServeTree
 from actors.mount import messages, wire
@@ -24,25 +22,14 @@ from actors.sandbox.messages import ReadFailed as TaskReadFailed
 from actors.services import SYNCER, Services, sandbox_name
 from supervisor.actor import Actor
 from supervisor.answers import Answer, Refused, Worked, WorkFailed
-from supervisor.channel import Channel
 from supervisor.frames import Codec, Message
-from supervisor.isolation import Process
-from supervisor.pidfd import pid_of
-from supervisor.processes import ProcessRow
 from supervisor.tree import System
-from supervisor.worker import Ended, Said, Started, Worker
 
 SERVER_SAYS = Codec(Ready, Progress, ReadFailed)
-BACKOFF_S = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5, 1.0)  # before the n-th server in a row that never served
-"""The first three at once: a reader inside the task waits for it."""
 
 
 class _NotReady(Message, frozen=True):
     """The time for a mount to be ready is over."""
-
-
-class _ServeAgain(Message, frozen=True):
-    pass
 
 
 class MountActor(Actor):
@@ -53,13 +40,19 @@ class MountActor(Actor):
         self._services = services
         self._task = task
         self._layout = services.layout.task(task)
-        self._server = Worker(self, services.watcher, f"workspace mount {task}")
+        program = Program("actors.mount.serve:serve", self._order, SERVER_SAYS)
+        self._server = LazyServer(
+            self,
+            services,
+            f"workspace mount {task}",
+            task,
+            self._layout.workspace_lazy,
+            self._layout.workspace_home,
+            program,
+        )
         self._workspace = ""
         self._mounted = False
-        self._served = False
-        self._failures = 0
         self._releasing = False
-        self._minor = 0
         self._mounting: list[Any] = []
         self._syncing: list[Any] = []
         self._unmounting: list[Any] = []
@@ -67,37 +60,17 @@ class MountActor(Actor):
         self._asked: dict[int, str] = {}
         self._timer: Any = None
 
-    # --- the names under which the keeper holds what this mount needs ---
-
-    @property
-    def _fuse(self) -> str:
-        return f"fuse/{self._task}"
-
-    @property
-    def _channel(self) -> str:
-        return f"channel/{self._task}"
-
-    @property
-    def _pidfd(self) -> str:
-        return f"server/{self._task}"
-
     def on_begin(self) -> None:
         """Find what an earlier incarnation left: a mount, its server, or nothing."""
-        found = {mount.target: mount for mount in mounts.mounts_below(str(self._layout.volatile))}
-        self._mounted = str(self._layout.workspace) in found
-        if str(self._layout.workspace_lazy) in found:
-            self._minor = found[str(self._layout.workspace_lazy)].minor
+        found = mounts.mounts_below(str(self._layout.volatile))
+        self._mounted = str(self._layout.workspace) in {mount.target for mount in found}
         if (mark := self._layout.workspace_home / "name").exists():
             self._workspace = mark.read_text()
-        if self._mounted and self._minor:
-            if self._services.descriptors.get(self._fuse) is None and (found_again := collect(self._layout.workspace_home)):
-                connection, init_request = found_again
-                self._services.descriptors.keep({self._fuse: connection}, {self._fuse: init_request})
-            if self._services.descriptors.get(self._fuse) is not None:
-                self._find_server()
+        if self._mounted:
+            self._server.adopt()
 
     def on_end(self, reason: object) -> None:
-        self._server.let_go(alive=True)
+        self._server.let_go()
 
     def on_message(self, message: Any) -> Any:
         match message:
@@ -121,8 +94,7 @@ class MountActor(Actor):
             case WorkFailed("mount", error):
                 self._failed(str(error))
             case Worked("open", minor):
-                self._minor = minor
-                self._serve()
+                self._server.start(minor)
             case WorkFailed("open", error):
                 self._failed(str(error))
             case Worked("unmount", _):
@@ -130,12 +102,9 @@ class MountActor(Actor):
             case WorkFailed("unmount", error):
                 logger.error("the workspace of {} could not be unmounted, trying again: {}", self._task, error)
                 self.after(1.0, messages.UnmountWorkspace(self._task, self._keep_staging))
-                self._releasing = False
+                self._releasing, self._server.wanted = False, True
             case _NotReady() if self._mounting:
                 self._failed(f"the workspace was not ready within {self._services.settings.mount.ready_timeout_s:g} s")
-            case _ServeAgain():
-                if not self._releasing and mounts.mounts_below(str(self._layout.workspace_lazy)):
-                    self._serve()
             case _:
                 self._from_server(message)
         return None
@@ -168,7 +137,7 @@ class MountActor(Actor):
             case wire.Indexed(objects=0):
                 self._put_together()
             case wire.Indexed():
-                self.work("open", self._open_fuse)
+                self.work("open", self._server.open)
             case wire.Synced():
                 self._synced(value.outcome, value.conflicts, value.error or None)
             case wire.JobFailed(_, error) if what == "index":
@@ -176,79 +145,24 @@ class MountActor(Actor):
             case wire.JobFailed(_, error):
                 self._synced("sync_failed", [], error)
 
-    def _open_fuse(self) -> int:
-        """Mount LAZY, which nobody serves yet; the keeper holds the connection and the kernel's INIT request."""
-        lazy = self._layout.workspace_lazy
-        lazy.mkdir(mode=0o755, parents=True, exist_ok=True)
-        mounts.unmount(str(lazy), lazily=True)
-        connection = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            mounted = mounts.mount_fuse(str(lazy), connection)
-        except OSError:
-            os.close(connection)
-            raise
-        self._services.descriptors.keep({self._fuse: connection}, {self._fuse: mounted.init_request})
-        return mounted.minor
-
-    def _serve(self) -> None:
-        self._server.start(self._make_server)
-
-    def _make_server(self) -> Process:
-        descriptors, settings = self._services.descriptors, self._services.settings
-        connection = descriptors.get(self._fuse)
-        assert connection is not None
-        order = ServeTree(
+    def _order(self, init_request: bytes, replacement: bool) -> ServeTree:
+        settings = self._services.settings
+        return ServeTree(
             table=str(self._layout.workspace_home / "table"),
             store=self._store,
-            init_request=descriptors.data(self._fuse),
-            replacement=self._served,
+            init_request=init_request,
+            replacement=replacement,
             read_timeout_s=settings.mount.read_timeout_s,
             uid=settings.sandbox.uid,
             gid=settings.sandbox.gid,
         )
-        process = self._services.isolation.start(
-            self._server.name, "actors.mount.serve:serve", order, SERVER_SAYS, [connection]
-        )
-        # Kept as well, so that the next root supervisor can watch and hear it.
-        descriptors.keep({self._pidfd: os.dup(process.pidfd), self._channel: os.dup(process.channel.fileno())})
-        write_down(self._layout.workspace_home, process, order.init_request)
-        return process
-
-    def _find_server(self) -> None:
-        """Watch the server that an earlier incarnation started; one that has died meanwhile is replaced at once."""
-        descriptors = self._services.descriptors
-        pidfd, channel = descriptors.get(self._pidfd), descriptors.get(self._channel)
-        self._served = True
-        if pidfd is None or channel is None:
-            self._serve()
-            return
-        process = Process(
-            self._server.name, pid_of(pidfd) or 0, os.dup(pidfd), Channel(socket.socket(fileno=os.dup(channel)), SERVER_SAYS)
-        )
-        self._server.adopt(process)
-        self._show_server()
 
     def _from_server(self, message: Any) -> None:
         match self._server.take(message):
-            case Started():
-                self._show_server()
-            case Said(_, _, Ready()):
-                self._failures = 0
-                if not self._served:
-                    self._served = True
-                    self._put_together()
-            case Said(_, _, ReadFailed(_, reason)):
+            case Ready():
+                self._put_together()
+            case ReadFailed(_, reason):
                 self.system.tell(sandbox_name(self._task), TaskReadFailed(self._task, reason))
-            case Ended(_, _, how):
-                self._services.processes.remove(self.name, self._server.name)
-                if not self._releasing:
-                    logger.warning("{} has ended ({}); another one takes its place", self._server.name, how)
-                    self.after(BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)], _ServeAgain())
-                    self._failures += 1
-
-    def _show_server(self) -> None:
-        row = ProcessRow(self._server.name, self._server.pid or 0, self._server.restarts)
-        self._services.processes.put(self.name, row)
 
     def _put_together(self) -> None:
         self.work("mount", self._mount_tree)
@@ -262,8 +176,8 @@ class MountActor(Actor):
         mounts.unmount(str(layout.workspace_meta), lazily=True)
         mounts.mount_erofs(str(layout.workspace_home / "meta.erofs"), str(layout.workspace_meta))
         data = [objects]
-        if self._minor:
-            mounts.tune_fuse(self._minor)
+        if self._server.minor:
+            mounts.tune_fuse(self._server.minor)
             data.append(str(layout.workspace_lazy))
             self._read_through()
         if not layout.staging.exists():
@@ -296,8 +210,7 @@ class MountActor(Actor):
         waiting, self._mounting = self._mounting, []
         for reply in waiting:
             reply.set_exception(OSError(error))
-        if self._minor:
-            mounts.abort_fuse(self._minor)  # frees who waits for a server in the kernel, our own worker thread included
+        self._server.abort()  # frees who waits for a server in the kernel, our own worker thread included
         self._keep_staging = False
         self._release()
 
@@ -329,7 +242,7 @@ class MountActor(Actor):
 
     def _release(self) -> None:
         if not self._releasing:
-            self._releasing = True
+            self._releasing, self._server.wanted = True, False
             self.work("unmount", self._unmount_tree)
 
     def _unmount_tree(self) -> None:
@@ -337,8 +250,7 @@ class MountActor(Actor):
 
     def _is_unmounted(self) -> None:
         self._mounted = False
-        self._server.kill()
-        self._services.descriptors.drop(self._fuse, self._channel, self._pidfd)
+        self._server.release()
         self._answer(self._unmounting, messages.Unmounted())
         self.finish()
 
