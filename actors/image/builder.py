@@ -62,22 +62,23 @@ class Build:
             objects.close()
 
     def _find(self, digest: str, objects: Objects) -> Resolved | Built | None:
-        """The image if it is here already, archive and every object; None when something is to be done."""
+        """The image if it is here already, archive and (unless it is mounted lazily) every object; None when something is to be done."""
         if digest == self._order.known_digest:
             return Resolved(digest)
         try:
             archive = Archive.open(archive_path(self._order.archive_dir, digest))
             table = archive.objects()
             try:
-                if not all(objects.has(table.row(index).key) for index in range(len(table))):
-                    return None
+                complete = all(objects.has(table.row(index).key) for index in range(len(table)))
             finally:
                 table.close()
         except (FileNotFoundError, ArchiveInvalid, CorruptTable):
             return None  # an archive that is damaged is replaced
+        if not complete and not self._order.lazy:
+            return None
         # Another builder may have published them this very moment.
         objects.sync()
-        return Built(digest, archive.path, archive.info.objects, archive.info.unpacked_bytes, 0)
+        return Built(digest, archive.path, archive.info.objects, archive.info.unpacked_bytes, 0, complete)
 
     def _build(self, registry: Registry, digest: str, platform: Platform, objects: Objects) -> Built:
         manifest = self._manifest = registry.manifest(digest)

@@ -1,4 +1,4 @@
-"""What the ImageActor and an image builder say to each other."""
+"""What the ImageActor and its processes, an image builder and the image mounts, say to each other."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ class BuildImage(Message, frozen=True):
 
     `reference`: as the submitter wrote it.  `platform`: OS/ARCHITECTURE[/VARIANT], "" for this machine's.
     `archive_dir`, `cache_dir`: where archives and objects lie.  `known_digest`: the manifest whose archive and content are
-    known to be here, complete and durable; None when there is none.
+    known to be here, complete and durable; None when there is none.  `lazy`: content may be missing, for the image is mounted with
+    a LAZY layer (`ServeImage`) that fetches it.
 
     The bounds are absolute: `unpacked_bytes_max` of all layers decompressed (holes of sparse files are not in there),
     `entries_max` of all layers (the builder takes about 2 KB of memory for each), `time_max_s` for everything.
 
     There are four ends.  `Resolved`: the reference (still) names `known_digest`.  `Built` without reading a layer: the
-    archive is there, from another daemon perhaps, and OBJECTS have all that it names; if the reference is its digest,
-    the registry is not even asked.  `Built` after reading all layers.  `BuildFailed`.
+    archive is there, from another daemon perhaps, and OBJECTS have all that it names, which nobody insists on if `lazy`; if
+    the reference is its digest, the registry is not even asked.  `Built` after reading all layers.  `BuildFailed`.
     """
 
     reference: str
@@ -28,6 +29,7 @@ class BuildImage(Message, frozen=True):
     unpacked_bytes_max: int = 64 << 30
     entries_max: int = 1_000_000
     time_max_s: float = 3600.0
+    lazy: bool = False
 
 
 class Progress(Message, frozen=True):
@@ -51,10 +53,10 @@ class Resolved(Message, frozen=True):
 
 
 class Built(Message, frozen=True):
-    """Archive and content are here and durable.
+    """The archive is here, and so is the image's content, unless not `complete`; what is here is durable.
 
-    `layer_bytes`: compressed bytes read from the registry, 0 when all was here.  `unpacked_bytes`: of the objects, holes not
-    counted.
+    `layer_bytes`: compressed bytes read from the registry, 0 when the archive was here.  `unpacked_bytes`: of all objects, holes
+    not counted.
     """
 
     digest: str
@@ -62,6 +64,7 @@ class Built(Message, frozen=True):
     objects: int
     unpacked_bytes: int
     layer_bytes: int
+    complete: bool = True
 
 
 class BuildFailed(Message, frozen=True):
@@ -69,3 +72,37 @@ class BuildFailed(Message, frozen=True):
 
     kind: str
     error: str
+
+
+class ServeImage(Message, frozen=True):
+    """The arguments of an image mount, with two descriptors: a FUSE connection, and the image's spool (`spool.create`).
+
+    `archive`: path of the image's archive.  `objects`: OBJECTS, which the server reads and does not write.  `spool_bytes_max`: what
+    it may take of the spool's file system before it gives up what is oldest there.  The rest is as in `lazytree.wire.ServeTree`.
+    The registry's credentials are Docker's (config.json), read before the server drops its privileges.
+    """
+
+    archive: str
+    objects: str
+    init_request: bytes
+    replacement: bool = False
+    read_timeout_s: float = 30.0
+    uid: int = 1000
+    gid: int = 1000
+    spool_bytes_max: int = 1 << 30
+
+
+class Completed(Message, frozen=True):
+    """From an image mount: the content of these objects (indexes into the archive's table) is whole in the spool.
+
+    The parent publishes them (`spool.publish`) and answers `Taken`.  Said again every few seconds until it does, also by a
+    server's successor, and to a parent's successor.
+    """
+
+    rows: list[int]
+
+
+class Taken(Message, frozen=True):
+    """To an image mount: these objects are in OBJECTS now, or their content in the spool was not theirs.  Their space is free."""
+
+    rows: list[int]

@@ -23,7 +23,7 @@ import stat
 import struct
 import traceback
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -275,12 +275,29 @@ def drop_privileges(uid: int, gid: int) -> None:
             raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
 
 
-def serve_tree(channel: Channel, fuse_descriptor: int, arguments: ServeTree, table: ObjectTable, source: Source) -> None:
-    """Serve until the mount is gone.  It takes a closed channel for a parent that is being replaced, and goes on."""
-    trio.run(_serve_tree, channel, fuse_descriptor, arguments, table, source)
+def serve_tree(
+    channel: Channel,
+    fuse_descriptor: int,
+    arguments: ServeTree,
+    table: ObjectTable,
+    source: Source,
+    beside: Callable[[Callable[[Message], None]], Awaitable[None]] | None = None,
+) -> None:
+    """Serve until the mount is gone.  It takes a closed channel for a parent that is being replaced, and goes on.
+
+    `beside` runs as long, once the server serves; what it is given tells the parent a message, without waiting.
+    """
+    trio.run(_serve_tree, channel, fuse_descriptor, arguments, table, source, beside)
 
 
-async def _serve_tree(channel: Channel, fuse_descriptor: int, arguments: ServeTree, table: ObjectTable, source: Source) -> None:
+async def _serve_tree(
+    channel: Channel,
+    fuse_descriptor: int,
+    arguments: ServeTree,
+    table: ObjectTable,
+    source: Source,
+    beside: Callable[[Callable[[Message], None]], Awaitable[None]] | None,
+) -> None:
     report = Report(channel)
     reads = Reads(table, source, arguments.read_timeout_s, report.tell)
     connected = trio.Event()
@@ -307,6 +324,8 @@ async def _serve_tree(channel: Channel, fuse_descriptor: int, arguments: ServeTr
             os.write(session_descriptor, _NOTIFY_RESEND)
         report.tell(Ready())
         nursery.start_soon(report.run, tree)
+        if beside is not None:
+            nursery.start_soon(beside, report.tell)
 
 
 async def _run_session(scope: trio.CancelScope) -> None:
