@@ -29,7 +29,7 @@ from actors.sandbox.attempt import HELD, Attempt, held
 from actors.sandbox.host import SandboxHost
 from actors.sandbox.record import Record
 from actors.sandbox.recovery import Found, look
-from actors.sandbox.runtimes import CreateError, exec_error
+from actors.sandbox.runtimes import ContainerError, CreateError, exec_error
 from actors.sandbox.states import Effect, Fact, Life, Phase, begin, step
 from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, Services
 from actors.settings import Settings
@@ -41,6 +41,7 @@ from supervisor.tree import System
 
 CONMON_S = 5.0  # how long conmon may take to write the last output and end, once its container has
 EXEC_ERROR_BYTES_MAX = 4096  # a journal that holds more holds more than the runtime's one line
+CREATIONS_MAX = 3  # of one task's container, in a row
 RETRY_S = 1.0  # before something that must be done, and failed, is tried again
 
 
@@ -71,6 +72,7 @@ class SandboxActor(Actor):
         self._record = Record(task, time.time())
         self._result: TaskResult | None = None
         self._requests: dict[int, str] = {}
+        self._creations = 1
 
     # --- life ---
 
@@ -276,6 +278,13 @@ class SandboxActor(Actor):
                 self._services.descriptors.keep({held(kind, self._task): number for kind, number in value.items()})
                 self._watch()
                 self._know(Fact.CREATED)
+            case "undone":
+                # A new attempt, on record before anything of it exists.
+                assert self._attempt
+                self._attempt = self._host.attempt(self._task, self._attempt.number + 1, self._spec.runtime)
+                self._write("attempt", "UPDATE tasks SET attempt = ? WHERE task = ?", self._attempt.number)
+            case "attempt":
+                self._create()
             case "intended":
                 self._know(Fact.INTENDED)
             case "start":
@@ -296,7 +305,12 @@ class SandboxActor(Actor):
 
     def _work_failed(self, key: Any, error: Exception) -> None:
         match key:
-            case "created" | "start" | "workspace":
+            case "created" if self._may_create_again(error):
+                logger.warning("task {}: {}; it is created again", self._task, error)
+                self._creations += 1
+                assert self._attempt
+                self.work("undone", making.undo, self._attempt)
+            case "created" | "start" | "workspace" | "undone" | "attempt":
                 self._fail(str(error), error.kind if isinstance(error, CreateError) else "other")
             case "intended":
                 self._fail(f"the start could not be recorded: {error}", "other")
@@ -344,6 +358,18 @@ class SandboxActor(Actor):
                 # Of what must be given back nothing may be forgotten.
                 logger.error("task {}: {}, trying again: {}", self._task, what, error)
                 self.after(RETRY_S, ("again", AGAIN[what]))
+
+    def _may_create_again(self, error: Exception) -> bool:
+        """Whether a creation failed for no fault of the task's: conmon or the runtime was killed at it, most likely.
+
+        Nothing of the task's own has run, so it costs only time.  What it was is not always said, hence a few times and no more.
+        """
+        return (
+            isinstance(error, ContainerError | ProcessLookupError)
+            and not (isinstance(error, CreateError) and error.kind != "other")
+            and self._creations < CREATIONS_MAX
+            and not self._life.facts & {Fact.STOP_ASKED, Fact.KILL_ASKED}
+        )
 
     def _fail(self, error: str, kind: Failure) -> None:
         self._record.fail(error, kind)

@@ -35,6 +35,7 @@ from supervisor.pidfd import copy_descriptor, open_pidfd, signal_process
 
 ANSWER_BYTES_MAX: Final = 1 << 16
 CLEARING_TIMEOUT_S: Final = 10.0  # for what is left of a create that failed
+KILLED_MAX: Final = 3  # times that the runtime may be killed at one start
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,14 @@ def start(container: Container, timeout_s: float) -> None:
     if container.runtime.name == "crun" and _open_gate(container):
         return
     done = _run(container, ["start", container.id], timeout_s)
+    for _ in range(KILLED_MAX):
+        if done.returncode >= 0:
+            break
+        # Killed: before or after it has let the first process go?  That the state tells; an ended container has been started.
+        found = state(container, timeout_s)
+        if found is None or found.status != "created":
+            return
+        done = _run(container, ["start", container.id], timeout_s)
     if done.returncode:
         raise create_error(done.stderr, bundle.command_in(container.bundle))
 

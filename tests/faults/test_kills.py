@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -141,3 +142,31 @@ def test_a_hung_process_is_found_by_its_silence_and_replaced(daemon: Daemon, tas
         return
     daemon.wait_pid(name, other_than=hung)
     check(daemon, task)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "verb"), [("crun", "create"), ("runc", "create"), ("runc", "start"), ("crun", "delete"), ("runc", "delete")]
+)
+@pytest.mark.parametrize("moment", ["before it acts", "while it acts"])
+def test_a_runtime_killed_at_its_work_costs_the_task_nothing(
+    tmp_path: Path, image: str, runtime: str, verb: str, moment: str
+) -> None:
+    """The first two calls of the verb are killed: each is made again."""
+    program, calls = shutil.which(runtime), tmp_path / "calls"
+    work = f'{program} "$@" & sleep 0.01; kill -9 $! ;' if moment == "while it acts" else ""
+    wrapper = tmp_path / "bin" / runtime
+    wrapper.parent.mkdir()
+    wrapper.write_text(
+        f'#!/bin/sh\ncase " $* " in *" {verb} "*) echo call >> {calls}; [ $(wc -l < {calls}) -gt 2 ] || {{ {work} kill -9 $$; }};; esac\n'
+        f'exec {program} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    (tmp_path / "node").mkdir()
+    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+        result = daemon.result(daemon.submit("echo once >> ran; exit 7", "task", runtime=runtime, workspace="work"))
+        assert (result.state, result.exit_code, result.error) == ("stopped", 7, None)
+        assert (daemon.state / "workspaces/work/ran").read_text() == "once\n"
+        daemon.wait_released()
+        assert daemon.leavings() == []
+    # What was killed at its work may have done it all the same.
+    assert len(calls.read_text().splitlines()) >= (3 if moment == "before it acts" else 1)
