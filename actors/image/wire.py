@@ -77,12 +77,15 @@ class BuildFailed(Message, frozen=True):
 class ServeImage(Message, frozen=True):
     """The arguments of an image mount, with two descriptors: a FUSE connection, and the image's spool (`spool.create`).
 
-    `archive`: path of the image's archive.  `objects`: OBJECTS, which the server reads and does not write.  `spool_bytes_max`: what
-    it may take of the spool's file system before it gives up what is oldest there.  The rest is as in `lazytree.wire.ServeTree`.
+    `archive`: path of the image's archive.  `reference`: by which this node knows the image, and so whom to fetch from (the one in
+    the archive is that of whoever built it, with another registry perhaps).  `objects`: OBJECTS, which the server reads and does
+    not write.  `spool_bytes_max`: what it may take of the spool's file system before it gives up what is oldest there.  The rest is
+    as in `lazytree.wire.ServeTree`.
     The registry's credentials are Docker's (config.json), read before the server drops its privileges.
     """
 
     archive: str
+    reference: str
     objects: str
     init_request: bytes
     replacement: bool = False
