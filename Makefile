@@ -67,7 +67,7 @@ bench: setup
 	$(PYTHON) -m tests.bench $(BENCH)
 
 soak: setup
-	$(PYTHON) -m tests.faults.storm --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
+	$(PYTHON) -m tests.faults.storm --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1) $(STORM)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -46,13 +46,14 @@ from supervisor.keeping import (
     Yield,
     Yielded,
 )
-from supervisor.lockfile import LockFile, holder_of
+from supervisor.lockfile import LockFile
 from supervisor.parts import Part, how
-from supervisor.pidfd import set_child_subreaper
-from supervisor.sockets import listen_at
+from supervisor.pidfd import open_pidfd, set_child_subreaper
+from supervisor.sockets import connect_to, listen_at
 
 EXIT_REFUSES = 78  # EX_CONFIG: the root supervisor says that starting it again would end the same way
 EXIT_RUNNING = 3
+TAKE_S = 10.0  # how long a living keeper may take to give up its place
 STOP_S = 5.0  # how long the fork server may take to end
 
 
@@ -279,15 +280,15 @@ def run_keeper(plan: Plan, take_over: bool = False, stand_in: bool = False) -> i
     plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = LockFile(plan.directory / "keeper.lock")
     taken: list[tuple[Kept, list[int]]] = []
-    if not lock.acquire():
-        if stand_in:
+    if stand_in:
+        if not lock.acquire():
             return EXIT_RUNNING  # somebody was faster
+    else:
         try:
-            taken = take_place(plan, take_over)
+            taken = take_place(plan, lock, take_over)
         except AlreadyRunning as error:
             say(str(error))
             return EXIT_RUNNING
-        lock.acquire(wait=True)  # the other one has said its last word and ends
     keeper = Keeper(plan, stand_in, renew=take_over)
     for kept, descriptors in taken:
         keeper.take(kept, descriptors)
@@ -298,29 +299,55 @@ class AlreadyRunning(Exception):
     """A keeper that somebody started lives; the text names its pid."""
 
 
-def take_place(plan: Plan, take_over: bool) -> list[tuple[Kept, list[int]]]:
-    """Ask the living keeper for its place → what it held.  Raises AlreadyRunning."""
-    taken: list[tuple[Kept, list[int]]] = []
+def take_place(plan: Plan, lock: LockFile, take_over: bool) -> list[tuple[Kept, list[int]]]:
+    """Acquire the keeper's lock, from nobody or from a living keeper that gives up its place → what that one held.
+
+    Raises AlreadyRunning.
+    """
+    deadline = time.monotonic() + TAKE_S
+    while not lock.acquire():
+        pid = lock.holder()
+        taken = _ask_for_place(plan, pid, take_over, deadline)
+        if taken is not None:
+            lock.acquire(wait=True)  # the other one has said its last word and ends
+            return taken
+        if pid and time.monotonic() > deadline:
+            raise AlreadyRunning(f"already running, pid {pid}, but it does not answer on {plan.socket}: end it first")
+    return []
+
+
+def _ask_for_place(plan: Plan, pid: int, take_over: bool, deadline: float) -> list[tuple[Kept, list[int]]] | None:
+    """What the keeper `pid` hands over, which may be only beginning to listen; None when it ended, or says nothing."""
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(5.0)
-            connection.connect(str(plan.socket))
-            channel = Channel(connection, FROM_KEEPER)
+        keeper = open_pidfd(pid) if pid else None
+    except ProcessLookupError:
+        return None
+    if keeper is None:
+        return None
+    try:
+        connection = connect_to(plan.socket, socket.SOCK_SEQPACKET, deadline - time.monotonic(), keeper)
+    finally:
+        os.close(keeper)
+    if connection is None:
+        return None
+    taken: list[tuple[Kept, list[int]]] = []
+    with connection:
+        channel = Channel(connection, FROM_KEEPER)
+        try:
             channel.send(Yield(take_over))
             while True:
-                message, descriptors = channel.receive(5.0)
+                message, descriptors = channel.receive(max(0.0, deadline - time.monotonic()))
                 match message:
                     case Kept():
                         taken.append((message, descriptors))
                     case KeptAll():
                         return taken
-                    case Refused(pid):
-                        raise AlreadyRunning(f"already running, pid {pid}: stop it first, or say --take-over")
-    except (OSError, ChannelClosed, ChannelTimeout, FrameError) as error:
-        pid = holder_of(plan.directory / "keeper.lock")
-        raise AlreadyRunning(
-            f"already running, pid {pid}, but it does not answer on {plan.socket} ({str(error) or type(error).__name__}): end it first"
-        ) from None
+                    case Refused(running):
+                        raise AlreadyRunning(f"already running, pid {running}: stop it first, or say --take-over")
+        except (OSError, ChannelClosed, ChannelTimeout):
+            return None
+        except FrameError as error:
+            raise AlreadyRunning(f"already running, pid {pid}, but it is not understood ({error}): end it first") from None
 
 
 def raise_descriptor_limit() -> None:

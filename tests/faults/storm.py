@@ -1,210 +1,294 @@
-"""A storm: processes of every kind are killed and hung at random instants under tasks that read, write and print (`model`).
+"""A storm: processes of every kind are killed and hung, singly and in pairs, under tasks that read, write, execute and print.
 
-    python -m tests.faults.storm [--minutes 1] [--seed 1]        (`make soak MINUTES=10 SEED=7`)
+    python -m tests.faults.storm [--minutes 1] [--seed 1] [--kills 200 --pairs 200]     (`make soak MINUTES=10 SEED=7`)
 
-The seed gives the same faults in the same order.  The first invariant that does not hold ends it, with what was seen.
+The seed gives the same faults in the same order.  With `--kills` it goes on until every kind was killed so often (image builders
+a quarter of it), and so many pairs.  The first invariant of `model` that does not hold ends it, with what was seen.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import random
-import signal
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
-from actors.gateway.messages import Ended, Submit, Wait
+from actors.gateway.messages import Ended, MountImage, Submit, UnmountImage, Wait
 from tests.actors.image.images import RunningRegistry
-from tests.node.conftest import busybox_layer
+from tests.faults import load, victims
+from tests.faults.load import Broken, Images, Task
+from tests.faults.victims import SIGNALS, Fault, Process, Recent
 from tests.node.daemon import Daemon, running
 
 TASKS = 4  # at once
-LINES = 400
-CONTENT_BYTES = 4 << 20
-CONMON_BYTES = 8192
-KINDS = (
-    "root supervisor",
-    "fork server",
-    "output mover",
-    "syncer",
-    "workspace mount",
-    "conmon",
-    "keeper",
-    "keeper and root supervisor",
-)
-HUNG = ("output mover", "syncer", "workspace mount")  # those that promise a heartbeat
-HANG_SHARE = 0.1
-HOLDER_S = 1.5
-SCRIPT = """
-i=0
-while [ $i -lt {lines} ]; do
-  i=$((i+1)); echo out $i; echo err $i >&2
-  if [ $((i % 20)) = 0 ]; then
-    [ "$(md5sum < big)" = "{content}  -" ] || echo WRONG content
-    [ "$(md5sum < /etc/data)" = "{image}  -" ] || echo WRONG image
-    echo $i >> written || echo WRONG write
-    /bin/busybox true || echo WRONG exec
-    sleep 0.05
-  fi
+PAIR_S = 0.05  # between the two strikes of a pair, at most
+PAUSE_S = 0.3  # between two strikes, at most
+AIM_S = 3.0  # how long a runtime may take to be called at the verb at which it is to die
+HANG_SHARE, PAIR_SHARE, WAIT_SHARE = 0.1, 0.25, 0.3
+BUILDER_SHARE = 0.25
+HUNG = ("image mount", "workspace mount", "image builder", "output mover", "syncer")
+TASK_S = 180.0  # that a task may take in all of it
+# Those that nothing else can be said of than that they must be there again; the others live as long as their task or image.
+RETURNING = ("keeper", victims.ROOT, "fork server", "output mover", "syncer")
+
+# A runtime lives for milliseconds, so it is struck from within: a program in its place which, when told to, calls it and strikes it.
+RUNTIME = """#!/bin/sh
+for verb in create start delete; do
+  case " $* " in *" $verb "*)
+    if mv "{orders}/$verb" "{orders}/$verb.$$" 2>/dev/null; then
+      read signal pause < "{orders}/$verb.$$"; rm "{orders}/$verb.$$"
+      {program} "$@" & struck=$!
+      sleep $pause; kill -$signal $struck
+      wait $struck; exit $?
+    fi;;
+  esac
 done
-exit 7
+exec {program} "$@"
 """
 
 
+@dataclass(frozen=True)
+class Goal:
+    """When a storm is over: after `seconds`, or when every kind was killed `kills` times and `pairs` pairs were struck."""
+
+    seconds: float = 0.0
+    kills: int = 0
+    pairs: int = 0
+
+    def of(self, kind: str) -> int:
+        return int(self.kills * BUILDER_SHARE) if kind == "image builder" else self.kills
+
+
 @dataclass
-class Running:
-    task: str
-    workspace: str
-    conmon_killed: bool = False
+class Tally:
+    """What a storm has done, and how long what it killed was away."""
 
+    faults: Counter[tuple[str, Fault]] = field(default_factory=Counter)
+    pairs: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    away_s: dict[str, list[float]] = field(default_factory=dict)
+    tasks: int = 0
+    strikes: list[str] = field(default_factory=list)
 
-class Broken(Exception):
-    """An invariant that did not hold."""
+    def strike(self, kind: str, fault: Fault, words: str) -> None:
+        self.faults[kind, fault] += 1
+        self.strikes.append(f"{datetime.now(UTC):%H:%M:%S.%f} {fault} {kind}: {words}")
+
+    def lines(self) -> list[str]:
+        table = [f"{'process':22} {'killed':>7} {'hung':>5}   back after, in ms: median, 95 %, most"]
+        for kind in victims.KINDS:
+            times = sorted(self.away_s.get(kind, []))
+            shown = (
+                ", ".join(f"{1000 * times[int(share * (len(times) - 1))]:.0f}" for share in (0.5, 0.95, 1.0)) if times else "-"
+            )
+            table.append(f"{kind:22} {self.faults[kind, 'killed']:7} {self.faults[kind, 'hung']:5}   {shown}")
+        return [*table, f"{sum(self.pairs.values())} pairs, of {len(self.pairs)} sorts; {self.tasks} tasks"]
 
 
 class Storm:
-    def __init__(self, daemon: Daemon, seed: int) -> None:
-        self._daemon = daemon
-        self._random = random.Random(seed)
-        self._running: list[Running] = []
+    def __init__(self, daemon: Daemon, archivist: Daemon, images: Images, orders: Path, seed: int) -> None:
+        self._daemon, self._archivist, self._images, self._orders = daemon, archivist, images, orders
+        self._chance = random.Random(seed)
+        self._running: list[Task] = []
         self._count = 0
-        self.faults: Counter[str] = Counter()
-        self.tasks = 0
-        self._image_digest = hashlib.md5(bytes(range(256)) * 4000).hexdigest()
-        self._holder_struck_s = 0.0
+        self._lazy = ""
+        self._recent = Recent()
+        self.tally = Tally()
 
-    def run(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+    # --- tasks ---
+
+    def run(self, goal: Goal) -> None:
+        end = time.monotonic() + goal.seconds
+        while time.monotonic() < end or self._wanted(goal):
             while len(self._running) < TASKS:
                 self._submit()
-            time.sleep(self._random.uniform(0.0, 0.4))  # the storm's own rhythm, not a wait
-            self._strike()
+            time.sleep(self._chance.uniform(0.0, PAUSE_S))  # the storm's own rhythm, not a wait
+            self._strike(self._choose(goal))
             self._check_ended(wait=False)
+        for order in self._orders.iterdir():
+            order.unlink()
         while self._running:
             self._check_ended(wait=True)
 
     def _submit(self) -> None:
         self._count += 1
         name = f"storm-{self._count}"
-        store = self._daemon.state / "workspaces" / name
-        store.mkdir(mode=0o755)
-        content = self._random.randbytes(CONTENT_BYTES)
-        (store / "big").write_bytes(content)
-        for path in (store, store / "big"):
-            os.chown(path, 1000, 1000)
-        script = SCRIPT.format(lines=LINES, content=hashlib.md5(content).hexdigest(), image=self._image_digest)
+        script = load.prepare(self._daemon, name, self._chance)
+        runtime = "runc" if self._count % 3 == 0 else "crun"
+        spec = self._daemon.spec(script, workspace=name, image=self._image(), runtime=runtime)
         client = self._daemon.client
-        client.ask(Submit(client.number(), name, self._daemon.spec(script, workspace=name), wait=False), timeout_s=60)
-        self._running.append(Running(name, name))
+        client.ask(Submit(client.number(), name, spec, wait=False), timeout_s=60)
+        self._running.append(Task(name))
 
-    def _strike(self) -> None:
-        kind = self._random.choice(KINDS)
-        hang = kind in HUNG and self._random.random() < HANG_SHARE
-        victim = self._random.choice(self._running)
-        if "keeper" in kind or "root" in kind:
-            # With conmon, keeper and root supervisor dead at once nobody holds a task's pipes: not in the model.  One of the two has
-            # not got them yet for a moment after the other was killed.
-            careful = any(task.conmon_killed for task in self._running)
-            if careful and (kind == "keeper and root supervisor" or time.monotonic() - self._holder_struck_s < HOLDER_S):
-                return
-            self._holder_struck_s = time.monotonic()
-        names = {"workspace mount": [f"workspace mount {victim.task}"], "conmon": [f"conmon {victim.task}"]}.get(
-            kind, kind.split(" and ")
-        )
-        try:
-            pids = [self._daemon.pid_of(name) for name in names]
-        except LookupError:
-            return  # not there just now: not begun, ended, or being replaced
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGSTOP if hang else signal.SIGKILL)
-            except ProcessLookupError:
-                return
-        self.faults[f"{kind} {'hung' if hang else 'killed'}"] += 1
-        if kind == "conmon":
-            victim.conmon_killed = True
-        if kind.startswith("keeper") and (kind != "keeper" or self._random.random() < 0.5):
-            self._daemon.start()  # else the tree's stand-in does
+    def _image(self) -> str:
+        """Of four tasks one needs a builder; the others share an image whose archive another daemon has made: it loads lazily."""
+        if self._count % 4 == 0:
+            return self._images.push()
+        if self._count % 8 == 1:
+            self._lazy = self._images.push()
+            client = self._archivist.client
+            mounted = client.ask(MountImage(client.number(), self._lazy), timeout_s=60)
+            client.ask(UnmountImage(client.number(), mounted.lease), timeout_s=60)
+        return self._lazy
 
     def _check_ended(self, wait: bool) -> None:
         client = self._daemon.client
-        for running_task in list(self._running):
-            answer = client.ask(Wait(client.number(), running_task.task, 60.0 if wait else 0.0), timeout_s=120)
+        for task in list(self._running):
+            answer = client.ask(Wait(client.number(), task.name, TASK_S if wait else 0.0), timeout_s=TASK_S + 60)
             if isinstance(answer, Ended):
-                self._running.remove(running_task)
-                self._check(running_task, answer)
-                self.tasks += 1
+                self._running.remove(task)
+                load.check(self._daemon, task, answer.result)
+                self.tally.tasks += 1
             elif wait:
-                raise Broken(f"{running_task.task} does not end: {answer}")
+                raise Broken(f"{task.name} does not end: {answer}")
 
-    def _check(self, task: Running, answer: Ended) -> None:
-        result = answer.result
-        if result.state != "stopped":
-            raise Broken(f"{task.task}: {result}")
-        stdout, stderr = self._daemon.logs(task.task)
-        text = stdout.decode(errors="replace")
-        if "WRONG" in text:
-            raise Broken(f"{task.task} saw an error: {[line for line in text.splitlines() if 'WRONG' in line][:5]}, {result}")
-        if (result.state, result.reason, result.exit_code, result.sync) != ("stopped", "exited", 7, "synced"):
-            raise Broken(f"{task.task}: {result}")
-        for word, stream in (("out", stdout), ("err", stderr)):
-            expected = [f"{word} {number}".encode() for number in range(1, LINES + 1)]
-            lines = stream.splitlines()
-            missing = sum(map(len, expected)) - sum(map(len, lines))
-            if lines != expected and not (task.conmon_killed and result.gaps and missing <= CONMON_BYTES):
-                raise Broken(
-                    f"{task.task}: {len(lines)} lines of {LINES} on {word}, gaps {result.gaps}, conmon killed: {task.conmon_killed}"
-                )
-        written = (self._daemon.state / "workspaces" / task.workspace / "written").read_text().split()
-        if written != [str(number) for number in range(20, LINES + 1, 20)]:
-            raise Broken(f"{task.task}: written {written}")
+    # --- strikes ---
 
+    def _wanted(self, goal: Goal) -> list[str]:
+        """The kinds that were not killed often enough yet; all, while pairs are missing."""
+        if sum(self.tally.pairs.values()) < goal.pairs:
+            return list(victims.KINDS)
+        return [kind for kind in victims.KINDS if self.tally.faults[kind, "killed"] < goal.of(kind)]
 
-def storm(home: Path, image: str, minutes: float, seed: int) -> Storm:
-    """Run one; raises Broken, or AssertionError for what is left behind."""
-    with running(home, image) as daemon:
-        current = Storm(daemon, seed)
+    def _choose(self, goal: Goal) -> Sequence[str]:
+        kinds = self._wanted(goal) or victims.KINDS
+        first = self._chance.choice(kinds)
+        if self._chance.random() >= PAIR_SHARE:
+            return (first,)
+        return (first, self._chance.choice(victims.KINDS))
+
+    def _strike(self, kinds: Sequence[str]) -> None:
+        """Strike one process of each kind that is there and may be struck."""
+        self._recent.now_s = time.monotonic()
+        if not self._recent.allows(kinds, any(task.conmon_struck for task in self._running)):
+            return
+        struck = []
+        for kind in kinds:
+            if struck:
+                time.sleep(self._chance.uniform(0.0, PAIR_S))
+            fault: Fault = "hung" if kind in HUNG and self._chance.random() < HANG_SHARE else "killed"
+            if self._hit(kind, fault):
+                struck.append(kind)
+                self.tally.strike(kind, fault, self._struck.words)
+        if len(struck) == 2:
+            self.tally.pairs[tuple(sorted(struck))] += 1
+        if set(struck) & victims.HOLDERS:
+            self._recent.holder_s = time.monotonic()
+            self._start_again(struck)
+        if len(struck) == 1 and self._chance.random() < WAIT_SHARE:
+            self._await(struck[0])
+
+    def _hit(self, kind: str, fault: Fault) -> bool:
+        """Strike a process of that kind → whether there was one."""
+        if kind in victims.RUNTIMES:
+            return self._hit_runtime(kind, fault)
+        found = [process for process in victims.find(self._daemon.state) if process.kind == kind]
+        if not found:
+            return False  # not begun, ended, or being replaced
+        victim = self._chance.choice(sorted(found, key=lambda process: process.pid))
+        struck = [task for task in self._running if kind == "conmon" and f" {task.name}." in victim.words]
+        for task in struck:
+            task.conmon_struck = True
+        self._struck, self._struck_s = victim, time.monotonic()
         try:
-            current.run(minutes * 60)
+            os.kill(victim.pid, SIGNALS[fault])
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _hit_runtime(self, kind: str, fault: Fault) -> bool:
+        """Have the next runtime that is called with this verb struck while it is at work → whether one was, within AIM_S."""
+        verb = kind.rsplit(maxsplit=1)[-1]
+        order = self._orders / verb
+        unnamed = self._orders / f".{verb}"
+        unnamed.write_text(f"{SIGNALS[fault].name[3:]} {self._chance.uniform(0.0, 0.02):.4f}\n")
+        unnamed.rename(order)
+        deadline = time.monotonic() + AIM_S
+        while order.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)  # a file that vanishes tells nobody but who watches; this is the storm's own rhythm
+        self._struck = Process(kind, 0, verb)
+        return not self._withdraw(order)
+
+    @staticmethod
+    def _withdraw(order: Path) -> bool:
+        try:
+            order.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _start_again(self, struck: Sequence[str]) -> None:
+        """A keeper is stood in for by the tree, unless that was struck as well: then who started the daemon does it again."""
+        if "keeper" in struck and (victims.ROOT in struck or self._chance.random() < 0.5):
+            self._daemon.start()
+
+    def _await(self, kind: str) -> None:
+        """Wait until what was struck is there again, and the daemon answers."""
+        if kind not in RETURNING:
+            return
+        victim: Process = self._struck
+        deadline = time.monotonic() + TASK_S
+        while True:
+            try:
+                if self._daemon.pid_of(kind) != victim.pid:
+                    break
+            except LookupError:
+                pass
+            if time.monotonic() > deadline:
+                raise Broken(f"{kind} (it was {victim.pid}) does not come back")
+        self.tally.away_s.setdefault(kind, []).append(time.monotonic() - self._struck_s)
+
+
+def storm(home: Path, registry: RunningRegistry, goal: Goal, seed: int) -> Tally:
+    """Run one in the directory `home`; raises Broken, or AssertionError for what is left behind."""
+    orders, programs = home / "orders", home / "bin"
+    for directory in (orders, programs, home / "node", home / "archivist"):
+        directory.mkdir()
+    for name in ("crun", "runc"):
+        (programs / name).write_text(RUNTIME.format(orders=orders, program=shutil.which(name)))
+        (programs / name).chmod(0o755)
+    images = Images(registry.repository("storm"), random.Random(seed))
+    shared = {"AERIE_IMAGE_ARCHIVE_DIR": str(home / "archives"), "AERIE_IMAGE_IDLE_UNMOUNT": "1s"}
+    path = f"{programs}:{os.environ['PATH']}"
+    with running(home / "archivist", "", **shared) as archivist, running(home / "node", "", **shared, PATH=path) as daemon:
+        current = Storm(daemon, archivist, images, orders, seed)
+        try:
+            current.run(goal)
         except BaseException:
-            print(
-                f"seed {seed}, after {dict(current.faults)}, {current.tasks} tasks\n{daemon.log.read_text()[-6000:]}",
-                file=sys.stderr,
-            )
+            tally = current.tally
+            print("\n".join([f"seed {seed}:", *tally.lines(), *tally.strikes, daemon.log.read_text()]), file=sys.stderr)
             daemon.clear_away()
             raise
-    return current
+    return current.tally
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill and hang everything for a while, and see that no task notices.")
-    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--kills", type=int, default=0, help="of each kind, at least")
+    parser.add_argument("--pairs", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    goal = Goal(arguments.minutes * 60, arguments.kills, arguments.pairs)
     with tempfile.TemporaryDirectory(prefix="aerie-storm-", dir="/var/tmp") as name:
         home = Path(name)
         home.chmod(0o755)
         (home / "registry").mkdir()
         registry = RunningRegistry(home / "registry")
+        began = time.monotonic()
         try:
-            repository = registry.repository("busybox")
-            repository.push(busybox_layer(), tag="1", process={"Env": ["PATH=/bin"]})
-            (home / "node").mkdir()
-            done = storm(home / "node", repository.reference("1"), arguments.minutes, arguments.seed)
+            tally = storm(home, registry, goal, arguments.seed)
         finally:
             registry.stop()
-    print(
-        f"seed {arguments.seed}: {done.tasks} tasks, no error, nothing lost, nothing left; {sum(done.faults.values())} faults:"
-    )
-    for fault, count in sorted(done.faults.items()):
-        print(f"  {count:5d}  {fault}")
+    print(f"seed {arguments.seed}, {(time.monotonic() - began) / 60:.1f} min: no error, nothing lost, nothing left")
+    print("\n".join(tally.lines()))
     return 0
 
 

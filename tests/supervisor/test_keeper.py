@@ -208,6 +208,20 @@ def test_there_is_one_keeper_to_a_directory(daemon: Daemon) -> None:
     assert (daemon.state().pid, daemon.ask().pid, daemon.ask().texts) == (first.pid, root, {"a": "one"})
 
 
+def test_a_keeper_that_is_only_beginning_is_waited_for(daemon: Daemon) -> None:
+    """It has the lock and does not listen yet."""
+    first = subprocess.Popen(
+        ["flock", str(daemon.directory / "keeper.lock"), "sh", "-c", "echo; read line"], stdin=-1, stdout=-1
+    )
+    assert first.stdout and first.stdin and first.stdout.read(1)
+    (daemon.directory / "keeper.lock").write_text(str(first.pid))
+    second = daemon.start()
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(0.5)
+    first.communicate(b"\n")
+    assert daemon.state().pid == second.pid
+
+
 def test_a_keeper_takes_over_and_everything_below_it_is_new_but_what_is_held_and_what_runs(daemon: Daemon) -> None:
     first = daemon.start()
     before = daemon.ask(Put({"a": "one"}, {"a": b"data"}))

@@ -1,0 +1,141 @@
+"""What runs while a storm rages: tasks on images that are cached, lazy or still to be built, each checked to the last byte.
+
+A task reads its image and its workspace, of which most is not on the node when it starts; executes and so maps what it reads;
+writes, renames and removes; prints to both streams; and ends with a code of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.gateway.messages import TaskResult
+from tests.actors.image.images import Repository, member, tar
+from tests.node.conftest import busybox_layer
+from tests.node.daemon import Daemon
+
+LINES = 400
+ROUND = 20  # lines between two looks at files
+STORE_BYTES = 1 << 20
+IMAGE_BYTES = 1 << 20
+CONMON_BYTES = 8192  # what a killed conmon may have had in its hands
+EXIT_CODE = 7
+SCRIPT = f"""
+i=0
+while [ $i -lt {LINES} ]; do
+  i=$((i+1)); echo out $i; echo err $i >&2
+  if [ $((i % {ROUND})) = 0 ]; then
+    r=$((i / {ROUND}))
+    [ "$(md5sum < big)" = "{{store}}  -" ] || echo WRONG content
+    [ "$(md5sum < /data/cold-$r)" = "$(head -n $r /data/sums | tail -n 1)  -" ] || echo WRONG image $r
+    [ "$(/data/busybox-$r echo executed)" = executed ] || echo WRONG program $r
+    echo $i >> written || echo WRONG write
+    mkdir made-$r && mv small-$r made-$r/moved && rm gone-$r || echo WRONG rename
+    sleep 0.03
+  fi
+done
+exit {EXIT_CODE}
+"""
+ROUNDS = range(1, LINES // ROUND + 1)
+
+
+class Images:
+    """Images of a registry's repository, each with content of its own."""
+
+    def __init__(self, repository: Repository, chance: random.Random) -> None:
+        self._repository = repository
+        self._chance = chance
+        self._count = 0
+        self._base = busybox_layer()
+
+    def push(self) -> str:
+        """Push another image → its reference.  Its programs are one object to each round, and mapped when they are executed."""
+        self._count += 1
+        busybox = Path("/bin/busybox").read_bytes()
+        cold = {number: self._chance.randbytes(IMAGE_BYTES // len(ROUNDS)) for number in ROUNDS}
+        sums = "".join(hashlib.md5(content).hexdigest() + "\n" for content in cold.values())
+        members = [member(f"data/cold-{number}", content) for number, content in cold.items()]
+        # Behind its last section a program may hold what it likes: another object, the same program.
+        members += [member(f"data/busybox-{number}", busybox + self._chance.randbytes(16), mode=0o755) for number in ROUNDS]
+        tag = str(self._count)
+        self._repository.push(
+            self._base, tar(member("data/sums", sums.encode()), *members), tag=tag, process={"Env": ["PATH=/bin"]}
+        )
+        return self._repository.reference(tag)
+
+
+@dataclass
+class Task:
+    """A task that runs, and what to expect of it.  `conmon_struck`: its conmon was killed, so a little output may be missing."""
+
+    name: str
+    conmon_struck: bool = False
+
+
+class Broken(Exception):
+    """An invariant of the fault model that did not hold."""
+
+
+def prepare(daemon: Daemon, name: str, chance: random.Random) -> str:
+    """Make the store of a task's workspace, of the task's own name → the task's script."""
+    store = daemon.state / "workspaces" / name
+    store.mkdir(mode=0o755)
+    content = chance.randbytes(STORE_BYTES)
+    (store / "big").write_bytes(content)
+    for number in ROUNDS:
+        (store / f"small-{number}").write_text(f"small {number}")
+        (store / f"gone-{number}").write_text("not for long")
+    for path in (store, *store.iterdir()):
+        os.chown(path, 1000, 1000)
+    return SCRIPT.format(store=hashlib.md5(content).hexdigest())
+
+
+def check(daemon: Daemon, task: Task, result: TaskResult) -> None:
+    """Hold an ended task against the invariants, and forget its workspace.  Raises Broken."""
+    for fault in _faults(daemon, task, result):
+        raise Broken(f"{task.name}: {fault}")
+    shutil.rmtree(daemon.state / "workspaces" / task.name)
+
+
+def _faults(daemon: Daemon, task: Task, result: TaskResult) -> Iterator[str]:
+    if result.state != "stopped":
+        yield str(result)
+    stdout, stderr = daemon.logs(task.name)
+    text = stdout.decode(errors="replace")
+    if "WRONG" in text:
+        yield f"saw an error: {[line for line in text.splitlines() if 'WRONG' in line][:5]}, {result}"
+    if (result.reason, result.exit_code, result.sync, result.error) != ("exited", EXIT_CODE, "synced", None):
+        yield str(result)
+    for word, stream in (("out", stdout), ("err", stderr)):
+        yield from _missing(task, word, stream, result.gaps)
+    store = daemon.state / "workspaces" / task.name
+    written = (store / "written").read_text().split()
+    if written != [str(number * ROUND) for number in ROUNDS]:
+        yield f"written {written}"  # twice, if it has run twice
+    moved = {str(path.relative_to(store)): path.read_text() for path in store.glob("made-*/moved")}
+    if moved != {f"made-{number}/moved": f"small {number}" for number in ROUNDS}:
+        yield f"moved {moved}"
+    if left := sorted(path.name for path in store.iterdir() if path.name.startswith(("small", "gone", "."))):
+        yield f"left in the store: {left}"
+
+
+def _missing(task: Task, word: str, stream: bytes, gaps: int) -> Iterator[str]:
+    expected = [f"{word} {number}".encode() for number in range(1, LINES + 1)]
+    lines = stream.splitlines()
+    if lines == expected:
+        return
+    missing_bytes = sum(map(len, expected)) - sum(map(len, lines))
+    if not (task.conmon_struck and gaps and 0 <= missing_bytes <= CONMON_BYTES and _is_in_order(lines, expected)):
+        yield f"{len(lines)} lines of {LINES} on {word}, gaps {gaps}, conmon struck: {task.conmon_struck}"
+
+
+def _is_in_order(lines: list[bytes], expected: list[bytes]) -> bool:
+    """Whether the whole ones of `lines` are some of `expected`, in order and none twice; a gap may leave halves at its edges."""
+    known = {line: number for number, line in enumerate(expected)}
+    numbers = [known[line] for line in lines if line in known]
+    return numbers == sorted(set(numbers)) and len(lines) - len(numbers) <= 4

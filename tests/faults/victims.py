@@ -1,0 +1,95 @@
+"""Whom a storm may strike: the kinds of process, where each is found from outside, and which strikes the fault model allows.
+
+Found in /proc, not by asking the daemon: it may be down just then, which is when the next strike is worth most.  A process is the
+daemon's when AERIE_STATE_DIR in its environment says so, and the task's own when it lives in another PID namespace.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+Fault = Literal["killed", "hung"]
+SIGNALS: Final[dict[Fault, signal.Signals]] = {"killed": signal.SIGKILL, "hung": signal.SIGSTOP}
+
+COMMS: Final = {
+    "keeper": "keeper",
+    "fork server": "fork server",
+    "image mount": "image mount",
+    "workspace mount": "workspace mount",
+    "image builder": "image builder",
+    "output mover": "output mover",
+    "syncer": "syncer",
+    "conmon": "conmon",
+}
+ROOT: Final = "root supervisor"
+VERBS: Final = ("create", "start", "delete")
+RUNTIMES: Final = tuple(f"runtime at {verb}" for verb in VERBS)
+KINDS: Final = (*COMMS, ROOT, *RUNTIMES)
+HOLDERS: Final = frozenset({"keeper", ROOT})
+HOLDING_S: Final = 1.5  # how long after its start a holder may not have everything yet
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of the daemon: `words` is its comm and its arguments."""
+
+    kind: str
+    pid: int
+    words: str
+
+
+def find(state: Path) -> list[Process]:
+    """Every process of the daemon whose state directory that is, but the runtimes', which live for milliseconds."""
+    mark = f"AERIE_STATE_DIR={state}".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            if mark not in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                continue
+            comm = Path(f"/proc/{entry}/comm").read_text().strip()
+            arguments = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+            status = Path(f"/proc/{entry}/status").read_text()
+        except OSError:
+            continue  # it has ended
+        spaces = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[1:]
+        if len(spaces) == 1 and (kind := kind_of(comm, arguments)):
+            found.append(Process(kind, int(entry), f"{comm} {os.fsdecode(b' '.join(arguments))}"))
+    return found
+
+
+def kind_of(comm: str, arguments: list[bytes]) -> str | None:
+    """What kind of process that is; None when it is none that is struck, such as a client."""
+    if b"process" in arguments and b"root" in arguments:
+        return ROOT
+    return next((kind for kind, name in COMMS.items() if comm.startswith(name[:15])), None)
+
+
+@dataclass
+class Recent:
+    """What was struck lately, as far as the fault model asks for it: not all who hold a task's descriptors at once."""
+
+    conmon_s: float = -1e9
+    holder_s: float = -1e9
+    now_s: float = field(default_factory=time.monotonic)
+
+    def allows(self, kinds: Iterable[str], monitors_dead: bool) -> bool:
+        """Whether `kinds` may be struck together now.  `monitors_dead`: some running task's conmon is dead.
+
+        Keeper, root supervisor and conmon hold a task's pipes, each alone is enough.  A holder that was started again has not got
+        them at once, so a second blow to holders of a task without conmon waits for that.
+        """
+        struck = set(kinds)
+        holders = len(struck & HOLDERS)
+        if not holders:
+            return not ("conmon" in struck and self.now_s - self.holder_s < HOLDING_S)
+        if "conmon" in struck or monitors_dead:
+            return holders == 1 and self.now_s - self.holder_s >= HOLDING_S
+        return True
