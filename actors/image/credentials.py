@@ -1,6 +1,8 @@
-"""How a registry wants to be asked: its challenge (RFC 7235), a token for it, and credentials from Docker's config.json.
+"""Who we are to a registry: credentials from Docker's config.json and from the credential helpers that it names.
 
-The token protocol is the distribution project's (docs/spec/auth/token.md).  No I/O but the reading of config.json.
+Formats: Docker's config.json (`auths`, `credHelpers`, `credsStore`), as `docker login` writes it, and the protocol of
+docker-credential-helpers: `docker-credential-NAME get`, the registry on stdin, JSON on stdout.  A helper is a program of the
+operator's, run as this process's user, and killed when it takes too long or when this process dies.
 """
 
 from __future__ import annotations
@@ -10,96 +12,156 @@ import binascii
 import os
 import pathlib
 import re
-import urllib.parse
-from collections.abc import Iterable
+import signal
+import subprocess
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
-_PARAMETER = re.compile(r'(\w+)="([^"]*)"')
+from actors.image.reference import DEFAULT_REGISTRY
+
+HELPER_TIMEOUT_S = 15.0  # some ask a cloud's metadata server
+_DEFAULT_REGISTRY_KEY = "https://index.docker.io/v1/"  # what Docker calls docker.io in its config and to its helpers
+_IDENTITY_TOKEN_USER = "<token>"  # a helper's user name when its secret is an identity token
+_HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class Login(msgspec.Struct, frozen=True):
-    """A user name and password for one registry."""
+    """What proves who we are to one registry: user name and password, or a token in their place.
 
-    user: str
-    password: str
+    `identity_token` is exchanged for tokens at the registry's token server; `registry_token` is sent as it is.
+    """
+
+    user: str = ""
+    password: str = ""
+    identity_token: str = ""
+    registry_token: str = ""
 
     @property
     def basic(self) -> str:
         """The value of an Authorization header."""
         return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
 
-
-class BearerChallenge(msgspec.Struct, frozen=True):
-    """The registry wants a token from `realm`."""
-
-    realm: str
-    service: str
-    scope: str
-
-    def url(self) -> str:
-        """Where the token is to be had."""
-        query = urllib.parse.urlencode([(k, v) for k, v in (("service", self.service), ("scope", self.scope)) if v])
-        return f"{self.realm}{'&' if '?' in self.realm else '?'}{query}"
+    def __repr__(self) -> str:
+        return f"Login({self.user!r}, …)"  # secrets stay out of logs and tracebacks
 
 
-class BasicChallenge(msgspec.Struct, frozen=True):
-    """The registry wants user name and password."""
+class HelperFailed(Exception):
+    """A credential helper gave no answer that can be used.  The text says which and why, without secrets."""
 
 
-class _Token(msgspec.Struct):
-    token: str = ""
-    access_token: str = ""
+T = TypeVar("T")
+FindLogin = Callable[[str], Login | None]
 
 
 class _Auth(msgspec.Struct):
     auth: str = ""
+    username: str = ""
+    password: str = ""
+    identitytoken: str = ""
+    registrytoken: str = ""
 
 
-class _DockerConfig(msgspec.Struct):
+class _DockerConfig(msgspec.Struct, rename="camel"):
     auths: dict[str, _Auth] | None = None
+    cred_helpers: dict[str, str] | None = None
+    creds_store: str | None = None
 
 
-def parse_challenge(headers: Iterable[str], scope: str) -> BearerChallenge | BasicChallenge | None:
-    """The challenge in the WWW-Authenticate headers, a token's before a password's; `scope` is for one that names none."""
-    challenges = list(headers)
-    for challenge in challenges:
-        scheme, _, rest = challenge.strip().partition(" ")
-        parameters = {key.lower(): value for key, value in _PARAMETER.findall(rest)}
-        if scheme.lower() == "bearer" and parameters.get("realm"):
-            return BearerChallenge(parameters["realm"], parameters.get("service", ""), parameters.get("scope", scope))
-    if any(challenge.strip().lower().startswith("basic") for challenge in challenges):
-        return BasicChallenge()
-    return None
-
-
-def parse_token(body: bytes) -> str | None:
-    """The token in a token server's answer, or None when there is none."""
-    try:
-        answer = msgspec.json.decode(body, type=_Token)
-    except msgspec.MsgspecError:
-        return None
-    return answer.token or answer.access_token or None
+class _Helped(msgspec.Struct, rename="pascal"):
+    username: str = ""
+    secret: str = ""
 
 
 def docker_login(registry: str) -> Login | None:
-    """What `docker login` left for `registry` in $DOCKER_CONFIG or ~/.docker, if anything.
+    """What $DOCKER_CONFIG/config.json, or ~/.docker/config.json, has for `registry`, if anything.
 
-    A config.json that is not there, not readable or not understood counts as none: a public image needs none, and for
-    another the registry's refusal says so.  Credential helpers are not asked.
+    The registry's own helper is asked, or else the one for all; what it does not have may stand in the file.  A file that is
+    not there, not readable or not understood counts as none: a public image needs no login, and for another the registry's
+    refusal says so.  Raises HelperFailed when a helper fails and the file has nothing either.
     """
     directory = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     try:
         config = msgspec.json.decode(pathlib.Path(directory, "config.json").read_bytes(), type=_DockerConfig)
     except (OSError, msgspec.MsgspecError):
         return None
-    auths = config.auths or {}
-    names = ("https://index.docker.io/v1/", "docker.io") if registry == "docker.io" else (registry, f"https://{registry}")
-    for name in names:
-        if name in auths:
-            try:
-                user, colon, password = base64.b64decode(auths[name].auth, validate=True).decode().partition(":")
-            except (binascii.Error, UnicodeDecodeError):
-                return None
-            return Login(user, password.rstrip("\0")) if colon else None
+    name = _of_host(config.cred_helpers or {}, registry) or config.creds_store
+    failure = None
+    if name:
+        try:
+            if found := helper_login(name, registry):
+                return found
+        except HelperFailed as error:
+            failure = error
+    auth = _of_host(config.auths or {}, registry)
+    login = parse_auth(auth) if auth else None
+    if login is None and failure is not None:
+        raise failure
+    return login
+
+
+def helper_login(name: str, registry: str) -> Login | None:
+    """What `docker-credential-NAME` has for `registry`; None when it says that it has nothing.  Raises HelperFailed."""
+    if not _HELPER.fullmatch(name):
+        raise HelperFailed(f"{name!r} is not the name of a credential helper")
+    program = f"docker-credential-{name}"
+    server = _DEFAULT_REGISTRY_KEY if registry == DEFAULT_REGISTRY else registry
+    # setpriv: so that it ends with us, whatever it is doing, if we are killed.
+    command = ["setpriv", "--pdeathsig", "KILL", program, "get"]
+    try:
+        code, answer, complaint = _run(command, server.encode())
+    except subprocess.TimeoutExpired:
+        raise HelperFailed(f"{program} gave no answer within {HELPER_TIMEOUT_S:g} s") from None
+    except OSError as error:
+        raise HelperFailed(f"{program} cannot be run: {error.strerror}") from None
+    if code:
+        # It says why on stdout (the protocol), or on stderr (when it is broken, or is not there).
+        said = (answer.strip() or complaint.strip()).decode(errors="replace")
+        if "credentials not found" in said:
+            return None
+        raise HelperFailed(f"{program} failed: {said[-200:] or f'exit code {code}'}")
+    try:
+        helped = msgspec.json.decode(answer, type=_Helped)
+    except msgspec.MsgspecError:
+        raise HelperFailed(f"{program} answers with what is not a login") from None
+    if helped.username == _IDENTITY_TOKEN_USER:
+        return Login(identity_token=helped.secret)
+    return Login(helped.username, helped.secret) if helped.secret else None
+
+
+def _run(command: list[str], text: bytes) -> tuple[int, bytes, bytes]:
+    """Exit code, stdout and stderr of `command` with `text` on its stdin.  Raises OSError, TimeoutExpired."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True) as process:
+        try:
+            answer, complaint = process.communicate(text, HELPER_TIMEOUT_S)
+        except BaseException:  # too late, or the build is over its time
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            raise
+    return process.returncode, answer, complaint
+
+
+def parse_auth(auth: _Auth) -> Login | None:
+    """The login of one entry of `auths`; None when there is none in it."""
+    if auth.identitytoken or auth.registrytoken:
+        return Login(identity_token=auth.identitytoken, registry_token=auth.registrytoken)
+    if auth.auth:
+        try:
+            user, colon, password = base64.b64decode(auth.auth, validate=True).decode().partition(":")
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+        return Login(user, password.rstrip("\0")) if colon else None
+    return Login(auth.username, auth.password) if auth.username else None
+
+
+def _of_host(entries: dict[str, T], registry: str) -> T | None:
+    """The entry for a registry, whose key may also be an address with it in."""
+    if registry == DEFAULT_REGISTRY and _DEFAULT_REGISTRY_KEY in entries:
+        return entries[_DEFAULT_REGISTRY_KEY]
+    if registry in entries:
+        return entries[registry]
+    for key, entry in entries.items():
+        if re.sub(r"^https?://", "", key).partition("/")[0] == registry:
+            return entry
     return None

@@ -1,23 +1,24 @@
 """One repository of a registry, over HTTP: its manifests and blobs, and ranges of blobs.
 
-The protocol is the OCI distribution specification 1.1.  Every wait is bounded: 5 s to connect, 30 s between two pieces of an
-answer; what may pass (no connection, 429, 5xx) is tried a few times.  What comes back is an image's content, or an
-`errors.ImageError` that names who must do something about it.  Not thread-safe: one owner.
+The protocol is the OCI distribution specification 1.1.  Which hosts serve the repository, mirrors first and the registry last, is
+decided here; how one host is asked, in `endpoint`; how long and how often, in `patience`.  What comes back is an image's content,
+or an `errors.ImageError` that names who must do something about it.  Not thread-safe: one owner.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import urllib3
 from urllib3.exceptions import HTTPError
-from urllib3.util import Retry, Timeout
 
-from actors.image.credentials import BasicChallenge, BearerChallenge, Login, docker_login, parse_challenge, parse_token
-from actors.image.errors import ContentCorrupt, ImageError, ImageUnknown, RegistryBroken, RegistryUnreachable, Unauthorised
+from actors.image.blobs import Straggling, content_range, range_header, receive
+from actors.image.credentials import FindLogin, Login, docker_login
+from actors.image.endpoint import Endpoint, discard
+from actors.image.errors import ContentCorrupt, ImageError, ImageUnknown, RegistryBroken
 from actors.image.manifests import (
     ACCEPT,
     DOCUMENT_SIZE_MAX,
@@ -30,43 +31,51 @@ from actors.image.manifests import (
     parse_config,
     parse_manifest,
 )
-from actors.image.reference import DEFAULT_REGISTRY, Reference
+from actors.image.mirrors import api_url, host_of
+from actors.image.patience import Meter, Patience
+from actors.image.reference import Reference
 
-PIECE_SIZE = 256 << 10  # bytes of a blob handed on at once
-TIMEOUT = Timeout(connect=5.0, read=30.0)
-# `raise_on_*` off: the last answer comes back and says more than "too many".  urllib3 itself follows redirects and leaves
-# Authorization out when they lead to another host (a storage service answers 400 to two kinds of authorisation).
-RETRIES = Retry(
-    total=8,
-    connect=2,
-    read=2,
-    status=3,
-    redirect=5,
-    backoff_factor=0.2,
-    status_forcelist=(429, 500, 502, 503, 504),
-    raise_on_status=False,
-    raise_on_redirect=False,
-    retry_after_max=30,
-)
-STREAM_ATTEMPTS = 4  # without one byte of progress in between
 INDEX_DEPTH_MAX = 3  # an index may name indexes
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+MIRROR_ATTEMPTS = 2  # of a mirror there is no need to expect much: the next one, or the registry, is asked instead
+MIRROR_TIMEOUT_S = 15.0
 
 
 class Registry:
-    """The repository of one reference.  A context manager: leaving it closes the connections."""
+    """The repository of one reference.  A context manager: leaving it closes the connections.
 
-    def __init__(self, reference: Reference, login: Login | None = None) -> None:
-        """`login` None means what Docker's config.json has for this registry, or anonymous."""
+    `login` is for the registry itself, and never shown to a mirror.  Without it `find_login(HOST)` is asked for one, for the registry
+    or a mirror, when the host wants one; asked again when it is refused, it may find a newer one.  `mirrors` (see `mirrors`) are asked
+    before the registry; what is wrong with one is no error as long as another, or the registry, answers.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        login: Login | None = None,
+        *,
+        mirrors: Sequence[str] = (),
+        find_login: FindLogin = docker_login,
+    ) -> None:
         self.reference = reference
-        self._pool = urllib3.PoolManager(timeout=TIMEOUT, retries=RETRIES, maxsize=4)
-        self._login = login or docker_login(reference.registry)
-        self._authorization: str | None = None
-        self._challenge: BearerChallenge | BasicChallenge | None = None
+        self._pool = urllib3.PoolManager(maxsize=4)
         self._manifests: dict[str, bytes] = {}  # by digest: resolve() has often read what manifest() is asked for
-        scheme = "http" if reference.is_loopback else "https"
-        host = "registry-1.docker.io" if reference.registry == DEFAULT_REGISTRY else reference.registry
-        self._url = f"{scheme}://{host}/v2/{reference.repository}"
+        about, scope = str(reference), f"repository:{reference.repository}:pull"
+        url = api_url(reference.registry, reference.repository)
+        own_login = (lambda _: login) if login else find_login
+        self._registry = Endpoint(reference.registry, url, about, self._pool, own_login, scope)
+        # `ns` tells a mirror of several registries which one is meant (distribution specification, "Registry Proxying").
+        self._mirrors = [
+            Endpoint(
+                host_of(mirror),
+                api_url(mirror, reference.repository),
+                about,
+                self._pool,
+                find_login,
+                scope,
+                f"ns={reference.registry}",
+            )
+            for mirror in mirrors
+        ]
 
     def __enter__(self) -> Registry:
         return self
@@ -105,191 +114,162 @@ class Registry:
             body += piece
             if len(body) > DOCUMENT_SIZE_MAX:
                 raise RegistryBroken(f"{self.reference}: a config of more than {DOCUMENT_SIZE_MAX} bytes")
-        self._verify(bytes(body), wanted.digest)
+        self._verify(body, wanted.digest)
         return parse_config(bytes(body), manifest, platform, str(self.reference))
 
     def blob(self, blob: Descriptor) -> Iterator[bytes]:
-        """The blob's bytes, in pieces of at most PIECE_SIZE, NOT verified: whoever reads them to the end hashes them.
+        """The blob's bytes, in pieces of at most blobs.PIECE_BYTES, NOT verified: whoever reads them to the end hashes them.
 
-        A connection that breaks is made again from where it broke.  Raises ImageError.
+        A connection that breaks, stalls or straggles is made again from where it broke.  Raises ImageError.
         """
-        position = failures = 0
+        patience = Patience()
+        position = 0
         while True:
-            response = self._get_blob(blob.digest, position, None)
+            host, response = self._open(f"/blobs/{blob.digest}", range_header(position, None), patience)
             try:
-                for piece in response:
+                for piece in self._body(host, response, blob.digest, position, patience):
                     position += len(piece)
-                    failures = 0
+                    patience.progressed()
                     yield piece
                 return
             except HTTPError as error:
-                failures += 1
-                if failures == STREAM_ATTEMPTS:
-                    raise self._unreachable(error) from None
+                self._broken(host, error, patience)
 
-    def read_range(self, digest: str, offset: int, length: int) -> bytes:
-        """`length` bytes of a blob from `offset`, NOT verified.  Raises ImageError; ContentCorrupt when the blob is shorter."""
-        for attempt in range(1, STREAM_ATTEMPTS + 1):
-            data = bytearray()
+    def read_range(self, digest: str, offset: int, length: int, *, timeout_s: float | None = None) -> bytes:
+        """`length` bytes of a blob from `offset`, NOT verified, within `timeout_s` if given.
+
+        Raises ImageError; ContentCorrupt when the blob is shorter.
+        """
+        patience = Patience(timeout_s)
+        data = bytearray()
+        while len(data) < length:
+            at = offset + len(data)
+            host, response = self._open(f"/blobs/{digest}", range_header(at, length - len(data)), patience)
+            had = len(data)
             try:
-                for piece in self._get_blob(digest, offset, length):
+                body = self._body(host, response, digest, at, patience)
+                for piece in body:
                     data += piece
-                    if len(data) >= length:  # a registry that knows no ranges sends all that follows
-                        return bytes(data[:length])
+                    patience.progressed()
+                    if len(data) > length or (len(data) == length and response.status == 200):
+                        body.close()  # a registry that knows no ranges sends all that follows
+                        break
             except HTTPError as error:
-                if attempt == STREAM_ATTEMPTS:
-                    raise self._unreachable(error) from None
-            else:
-                break
-        raise ContentCorrupt(f"{self.reference}: the registry's copy of {digest} ends before byte {offset + length}")
+                self._broken(host, error, patience)
+                continue
+            there = content_range(response) if response.status == 206 else None
+            # A part of what was asked for is an answer too (RFC 9110, 15.3.7): the rest is asked for next.
+            partial = len(data) > had and there is not None and there[1] is not None and there[1] >= offset + length
+            if len(data) < length and not partial:
+                raise ContentCorrupt(f"{self.reference}: the registry's copy of {digest} ends before byte {offset + length}")
+        return bytes(data[:length])
+
+    def distrust_mirrors(self) -> bool:
+        """Ask the registry only from now on, since something was not what its digest says → False if no mirror was asked."""
+        had = bool(self._mirrors)
+        self._mirrors = []
+        return had
 
     def _manifest(self, wanted: str) -> tuple[str, bytes]:
         """Digest and body of the manifest or index with that tag or digest."""
         if wanted in self._manifests:
             return wanted, self._manifests[wanted]
-        response = self._get(f"/manifests/{wanted}", {"Accept": ACCEPT})
-        if response.status == 404:
-            raise ImageUnknown(
-                f"{self.reference}: the registry {self.reference.registry} has no such image; check name and tag"
-            )
-        body = self._document(response)
-        announced = response.headers.get("Docker-Content-Digest", "")
-        digest = wanted if wanted.startswith("sha256:") else announced
-        if digest.startswith("sha256:"):
-            self._verify(body, digest)
-        else:
-            digest = "sha256:" + hashlib.sha256(body).hexdigest()
-        self._manifests[digest] = body
-        return digest, body
+        patience = Patience()
+        while True:
+            host, response = self._open(f"/manifests/{wanted}", {"Accept": ACCEPT}, patience, missing=True)
+            if response.status == 404:
+                discard(response)
+                raise ImageUnknown(
+                    f"{self.reference}: the registry {self.reference.registry} has no such image; check name and tag"
+                )
+            try:
+                digest, body = self._document(wanted, response, Meter(host.name, patience))
+            except HTTPError as error:
+                self._broken(host, error, patience)
+            except ImageError:
+                if host is self._registry:
+                    raise
+                host.put_off()
+            else:
+                self._manifests[digest] = body
+                return digest, body
 
-    def _get_blob(self, digest: str, offset: int, length: int | None) -> Iterator[bytes]:
-        """The blob's bytes from `offset` on, `length` of them or all.  Raises ImageError, and what urllib3 raises."""
-        headers = {}
-        if offset or length is not None:
-            headers["Range"] = f"bytes={offset}-{'' if length is None else offset + length - 1}"
-        response = self._get(f"/blobs/{digest}", headers)
+    def _open(
+        self, path: str, headers: dict[str, str], patience: Patience, missing: bool = False
+    ) -> tuple[Endpoint, urllib3.BaseHTTPResponse]:
+        """Who answers, and the answer, 200 or 206 (or 404, if `missing` may be).  Raises ImageError."""
+        problems = ""
+        for mirror in self._mirrors:
+            if mirror.put_off_until > time.monotonic():
+                continue
+            try:
+                response = mirror.get(path, headers, Patience(min(MIRROR_TIMEOUT_S, patience.left_s), MIRROR_ATTEMPTS))
+            except ImageError as error:
+                mirror.put_off()
+                problems += f"; nor does its mirror help: {error}"
+                continue
+            if response.status in (200, 206):
+                return mirror, response
+            discard(response)
+        try:
+            response = self._registry.get(path, headers, patience)
+        except ImageError as error:
+            raise type(error)(f"{error}{problems}") from None
+        if response.status in (200, 206) or (missing and response.status == 404):
+            return self._registry, response
+        discard(response)
+        digest = path.rpartition("/")[2]
         if response.status == 404:
-            response.close()
             raise RegistryBroken(
                 f"{self.reference}: the registry has lost {digest}, a part of this image; push the image again"
             )
-        if response.status == 416:
-            response.close()
-            raise ContentCorrupt(f"{self.reference}: the registry's copy of {digest} ends before byte {offset}")
+        raise ContentCorrupt(
+            f"{self.reference}: the registry's copy of {digest} ends before byte "
+            f"{headers.get('Range', '').removeprefix('bytes=').partition('-')[0] or '0'}"
+        )
+
+    def _body(
+        self, host: Endpoint, response: urllib3.BaseHTTPResponse, digest: str, offset: int, patience: Patience
+    ) -> Generator[bytes, None, None]:
+        """The blob's bytes from `offset` on, as the answer has them.  Raises RegistryBroken, and urllib3's HTTPError."""
         skip = offset
         if response.status == 206:
             skip = 0
-            there = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-            if not there or int(there[1]) != offset:
+            there = content_range(response)
+            if there is None or there[0] != offset:
                 response.close()
                 raise RegistryBroken(
                     f"{self.reference}: the registry answers with another range of {digest} than it was asked for"
                 )
-        return self._pieces(response, skip)
+        return receive(response, skip, Meter(host.name, patience))
 
-    def _pieces(self, response: urllib3.BaseHTTPResponse, skip: int) -> Iterator[bytes]:
-        """What is left of an answer's body after `skip` bytes.  Left half way, it closes the connection."""
-        try:
-            for piece in response.stream(PIECE_SIZE, decode_content=False):
-                if skip >= len(piece):
-                    skip -= len(piece)
-                    continue
-                yield piece[skip:]
-                skip = 0
-        except BaseException:
-            response.close()
-            raise
-        response.release_conn()
+    def _broken(self, host: Endpoint, error: HTTPError, patience: Patience) -> None:
+        """A body broke off: wait as long as is right before it is asked for again.  Raises RegistryUnreachable."""
+        if host is not self._registry:
+            host.put_off()
+        elif isinstance(error, Straggling):
+            return  # there are not many of them in one piece of work
+        elif not patience.again():
+            raise host.unreachable(error) from None
 
-    def _document(self, response: urllib3.BaseHTTPResponse) -> bytes:
-        """A small body.  Raises RegistryBroken when it is none."""
+    def _document(self, wanted: str, response: urllib3.BaseHTTPResponse, meter: Meter) -> tuple[str, bytes]:
+        """Digest, verified, and body of a small document.  Raises RegistryBroken, ContentCorrupt, and urllib3's HTTPError."""
         body = bytearray()
-        try:
-            for piece in self._pieces(response, 0):
-                body += piece
-                if len(body) > DOCUMENT_SIZE_MAX:
-                    response.close()
-                    raise RegistryBroken(f"{self.reference}: a document of more than {DOCUMENT_SIZE_MAX} bytes")
-        except HTTPError as error:
-            raise self._unreachable(error) from None
-        return bytes(body)
+        for piece in receive(response, 0, meter):
+            body += piece
+            if len(body) > DOCUMENT_SIZE_MAX:
+                response.close()
+                raise RegistryBroken(f"{self.reference}: a document of more than {DOCUMENT_SIZE_MAX} bytes")
+        digest = wanted if wanted.startswith("sha256:") else response.headers.get("Docker-Content-Digest", "")
+        if digest.startswith("sha256:"):
+            self._verify(body, digest)
+        else:
+            digest = "sha256:" + hashlib.sha256(body).hexdigest()
+        return digest, bytes(body)
 
-    def _get(self, path: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-        """The answer to a GET, of status 200, 206, 404 or 416, body unread.  Raises ImageError for everything else."""
-        response = self._get_once(self._url + path, headers, self._authorization)
-        if response.status in (401, 403) and not _was_redirected(response) and self._authorise(response):
-            # Also with a token in hand: it may have run out, which some registries call 401 and others 403.
-            response = self._get_once(self._url + path, headers, self._authorization)
-        if response.status in (200, 206, 404, 416):
-            return response
-        response.close()
-        raise self._refused(response)
-
-    def _get_once(self, url: str, headers: dict[str, str], authorization: str | None) -> urllib3.BaseHTTPResponse:
-        if authorization:
-            headers = headers | {"Authorization": authorization}
-        try:
-            return self._pool.request("GET", url, headers=headers, preload_content=False)
-        except HTTPError as error:
-            raise self._unreachable(error) from None
-
-    def _authorise(self, response: urllib3.BaseHTTPResponse) -> bool:
-        """Get what the challenge in `response` (or the last one before it) asks for.  False when that cannot be had."""
-        self._document(response)  # so that the connection can be used again
-        scope = f"repository:{self.reference.repository}:pull"
-        self._challenge = parse_challenge(response.headers.getlist("WWW-Authenticate"), scope) or self._challenge
-        if isinstance(self._challenge, BasicChallenge) and self._login and self._authorization is None:
-            self._authorization = self._login.basic
-            return True
-        if not isinstance(self._challenge, BearerChallenge):
-            return False
-        url = self._challenge.url()
-        if self._url.startswith("https:") and not url.startswith("https:"):
-            raise RegistryBroken(f"{self.reference.registry} sends us to {self._challenge.realm}, without TLS, for a token")
-        answer = self._get_once(url, {}, self._login.basic if self._login else None)
-        body = self._document(answer)
-        token = parse_token(body) if answer.status == 200 else None
-        if token is None:
-            raise self._refused(answer)
-        self._authorization = f"Bearer {token}"
-        return True
-
-    def _refused(self, response: urllib3.BaseHTTPResponse) -> ImageError:
-        registry, status = self.reference.registry, response.status
-        if status in (401, 403):
-            had = "these credentials" if self._login else "anonymous access"
-            return Unauthorised(
-                f"{self.reference}: {registry} refuses {had} ({status}): "
-                f"the image does not exist, or `docker login {registry}` with an account that may read it is needed"
-            )
-        if status == 429:
-            return RegistryUnreachable(
-                f"{self.reference}: {registry} answers too many requests (429); try again later, or log in"
-            )
-        return RegistryBroken(
-            f"{self.reference}: {registry} answers {status} {response.reason or ''}".rstrip() + "; see its log"
-        )
-
-    def _unreachable(self, error: HTTPError) -> ImageError:
-        cause = _plain(getattr(error, "reason", None) or error)
-        registry = self.reference.registry
-        return RegistryUnreachable(
-            f"{self.reference}: the registry {registry} cannot be reached ({cause}); is it up, and its name right?"
-        )
-
-    def _verify(self, body: bytes, digest: str) -> None:
+    def _verify(self, body: bytes | bytearray, digest: str) -> None:
         found = "sha256:" + hashlib.sha256(body).hexdigest()
         if found != digest:
             raise ContentCorrupt(
                 f"{self.reference}: the registry's copy of {digest} is damaged (it is {found}); push the image again"
             )
-
-
-def _was_redirected(response: urllib3.BaseHTTPResponse) -> bool:
-    """Whether it is another host's answer, whose challenges are not for us."""
-    return response.retries is not None and any(step.redirect_location for step in response.retries.history)
-
-
-def _plain(error: object) -> str:
-    """urllib3's text without the object's address in front."""
-    return re.sub(r"^.*?>: |^.*?object at 0x[0-9a-f]+>: ", "", str(error))

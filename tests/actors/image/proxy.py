@@ -10,12 +10,15 @@ Without a command it passes everything on.  Of several commands for a path the f
 
 from __future__ import annotations
 
+import base64
 import http.client
+import json
 import re
 import socket
 import threading
 import time
 import types
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,6 +91,8 @@ class Exchange:
                     self.handler.connection.shutdown(socket.SHUT_RDWR)
                     return
                 if not (piece := answer.read(size)):
+                    if answer.length:  # it has announced more than it sent, and closed
+                        self.handler.close_connection = True
                     return
                 self._send(piece)
         finally:
@@ -254,3 +259,100 @@ def throttle(bytes_per_s: float) -> Action:
 def without_ranges(exchange: Exchange) -> None:
     """Answer with the whole blob, as a registry that knows no ranges does."""
     exchange.forward(without=("Range",))
+
+
+class TokenGate:
+    """A registry that wants tokens, and the server that gives them, at /token of the same proxy.
+
+    Each token is good for `uses` requests; then it is refused as `refusal` says: 401 with a challenge, or 403 without one, as some
+    registries do.  `passwords` (user → password) are accepted, None: anybody; and `identity_tokens`, for POST.
+    """
+
+    def __init__(self, proxy: Proxy, uses: int = 1 << 30, refusal: int = 401) -> None:
+        self.passwords: dict[str, str] | None = None
+        self.identity_tokens: set[str] = set()
+        self.given = 0  # tokens
+        self._uses = uses
+        self._refusal = refusal
+        self._left: dict[str, int] = {}
+        self._lock = threading.Lock()
+        proxy.on("^/token", self._give)
+        proxy.on("^/v2/", self._check)
+
+    def revoke(self) -> None:
+        """Every token has run out."""
+        with self._lock:
+            self._left.clear()
+
+    def _give(self, exchange: Exchange) -> None:
+        if exchange.method == "POST":
+            body = exchange.handler.rfile.read(int(exchange.headers["Content-Length"])).decode()
+            form = dict(urllib.parse.parse_qsl(body))
+            known = form["grant_type"] == "refresh_token" and form["refresh_token"] in self.identity_tokens
+        elif self.passwords is None:
+            known = True
+        else:
+            user, _, password = (
+                base64.b64decode(exchange.headers.get("Authorization", "").removeprefix("Basic ")).decode().partition(":")
+            )
+            known = user in self.passwords and self.passwords[user] == password
+        if not known:
+            exchange.answer(401, b'{"details": "incorrect username or password"}')
+            return
+        with self._lock:
+            self.given += 1
+            token = f"token-{self.given}"
+            self._left[token] = self._uses
+        exchange.answer(200, json.dumps({"token": token, "expires_in": 60}).encode())
+
+    def _check(self, exchange: Exchange) -> None:
+        token = exchange.headers.get("Authorization", "").removeprefix("Bearer ")
+        with self._lock:
+            good = self._left.get(token, 0) > 0
+            if good:
+                self._left[token] -= 1
+        if good:
+            exchange.forward(without=("Authorization",))
+        elif token and self._refusal == 403:
+            exchange.answer(403, b"{}")
+        else:
+            scope = ":".join(("repository", exchange.path.removeprefix("/v2/").partition("/")[0], "pull"))
+            realm = f'Bearer realm="http://{exchange.proxy.address}/token",service="test",scope="{scope}"'
+            exchange.answer(401, b"{}", WWW_Authenticate=realm)
+
+
+class SignedStorage:
+    """Makes `front` redirect requests for blobs to `storage`, by addresses that are good for `uses` requests, then answer `refusal`.
+
+    As at S3, a request with a signature and an Authorization header is refused.
+    """
+
+    def __init__(self, front: Proxy, storage: Proxy, uses: int = 1 << 30, refusal: int = 403) -> None:
+        self.signed = 0
+        self._storage = storage
+        self._uses = uses
+        self._refusal = refusal
+        self._left: dict[str, int] = {}
+        self._lock = threading.Lock()
+        front.on("/blobs/", self._redirect)
+        storage.on("", self._serve)
+
+    def _redirect(self, exchange: Exchange) -> None:
+        with self._lock:
+            self.signed += 1
+            signature = f"s{self.signed}"
+            self._left[signature] = self._uses
+        exchange.answer(307, Location=f"http://{self._storage.address}{exchange.path}?signature={signature}")
+
+    def _serve(self, exchange: Exchange) -> None:
+        signature = exchange.path.partition("?signature=")[2]
+        with self._lock:
+            good = self._left.get(signature, 0) > 0
+            if good:
+                self._left[signature] -= 1
+        if "Authorization" in exchange.headers:
+            exchange.answer(400, b"<Code>InvalidArgument</Code>")
+        elif good:
+            exchange.forward()
+        else:
+            exchange.answer(self._refusal, b"<Code>AccessDenied</Code><Message>Request has expired</Message>")

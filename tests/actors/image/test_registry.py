@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import urllib3
 
-from actors.image import registry as client
-from actors.image.credentials import BasicChallenge, BearerChallenge, Login, docker_login, parse_challenge, parse_token
+from actors.image import patience
+from actors.image.challenges import BasicChallenge, BearerChallenge, parse_challenge, parse_token
+from actors.image.credentials import Login, docker_login
 from actors.image.errors import (
     ContentCorrupt,
     ImageError,
@@ -208,7 +209,7 @@ def test_what_docker_login_left_is_used(tmp_path: Path, monkeypatch: pytest.Monk
         "c.example": {},
     }
     assert docker_login("r.example:5000") is None
-    (tmp_path / "config.json").write_text(json.dumps({"auths": auths, "credsStore": "x"}))
+    (tmp_path / "config.json").write_text(json.dumps({"auths": auths}))
     assert docker_login("r.example:5000") == docker_login("docker.io") == Login("me", "pass:word")
     assert [docker_login(name) for name in ("r.example", "b.example", "c.example")] == [None] * 3
     (tmp_path / "config.json").write_text("{")
@@ -535,7 +536,7 @@ def test_a_registry_that_is_not_there_is_named() -> None:
 
 
 def test_a_registry_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "TIMEOUT", urllib3.Timeout(connect=1, read=0.1))
+    monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (0.1,) * 4)
     done = threading.Event()
 
     def answer(request: BaseHTTPRequestHandler) -> None:
