@@ -283,7 +283,7 @@ def test_ranges_are_read(repository: Repository) -> None:
 
 
 def test_a_tampered_manifest_or_config_is_noticed(repository: Repository) -> None:
-    pushed = repository.push(LAYER)
+    pushed = repository.push(tar(member("tampered")))  # content that no other test's image shares
     file = repository.blob_file(pushed["digest"])
     good = file.read_bytes()
     config = json.loads(good)["config"]["digest"]
