@@ -24,6 +24,16 @@ class Layout:
         return self.state / "workspaces"
 
     @property
+    def leases(self) -> Path:
+        """Who holds a lease on which image, for as long as the machine is up."""
+        return self.run / "leases"
+
+    @property
+    def served(self) -> Path:
+        """Who serves the LAZY layer of each mounted image: one directory to each."""
+        return self.run / "served"
+
+    @property
     def runtimes(self) -> Path:
         """What the OCI runtimes keep of their containers."""
         return self.run / "runtimes"

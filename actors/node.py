@@ -171,9 +171,10 @@ def clean_up(services: Services) -> None:
         objects = Objects(services.settings.image.cache_dir)
         if removed := objects.forget_unsynced():
             logger.warning("{} objects that a power cut may have torn are removed", removed)
-            store.write(("DELETE FROM contents", ())).result()
+            store.write(("UPDATE contents SET complete = 0", ())).result()
         objects.close()
         store.write(("DELETE FROM leases", ())).result()
+        shutil.rmtree(layout.leases, ignore_errors=True)
         mark.write_text(services.boot_id)
     unreleased = {task for (task,) in store.read("SELECT task FROM tasks WHERE released = 0")}
     known = {task for (task,) in store.read("SELECT task FROM tasks")}

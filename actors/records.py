@@ -41,4 +41,6 @@ MIGRATIONS: Final = [
     CREATE TABLE leases (lease TEXT PRIMARY KEY, reference TEXT NOT NULL, digest TEXT NOT NULL, root INTEGER NOT NULL);
     CREATE TABLE positions (task TEXT NOT NULL, sink TEXT NOT NULL, position BLOB NOT NULL, PRIMARY KEY (task, sink));
     """,
+    # From here on a row says that the archive is here, and `complete` that all of the content is, too.
+    "ALTER TABLE contents ADD COLUMN complete INTEGER NOT NULL DEFAULT 1;",
 ]

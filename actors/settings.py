@@ -66,6 +66,7 @@ class ImageSection(Section, frozen=True):
     mount_dir: Directory = "/var/lib/clip/mnt"
     resolve_interval_s: Annotated[float, Meta(ge=0, le=30 * 86400)] = 60
     prefetch: Literal["off", "trace", "full"] = "off"
+    spool_bytes_max: Annotated[int, Meta(ge=16 * MIB, le=TIB)] = GIB
     idle_unmount_s: Annotated[float, Meta(ge=0, le=30 * 86400)] = 300
     unpacked_bytes_max: Annotated[int, Meta(ge=MIB, le=16 * TIB)] = 64 * GIB
     entries_max: Annotated[int, Meta(ge=1, le=16_000_000)] = 1_000_000

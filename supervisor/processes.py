@@ -18,11 +18,12 @@ class ProcessTable:
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], ProcessRow] = {}
 
-    def put(self, owner: str, row: ProcessRow) -> None:
-        self._rows[owner, row.name] = row
+    def put(self, owner: str, row: ProcessRow, key: str = "") -> None:
+        """`key`: tells it from others of that name, which need none."""
+        self._rows[owner, key or row.name] = row
 
-    def remove(self, owner: str, name: str) -> None:
-        self._rows.pop((owner, name), None)
+    def remove(self, owner: str, key: str) -> None:
+        self._rows.pop((owner, key), None)
 
     def of(self, owner: str) -> list[ProcessRow]:
         return [row for (holder, _), row in sorted(self._rows.items()) if holder == owner]

@@ -80,26 +80,30 @@ class LazyServer:
         self._failures = 0
         self._released = False
 
-    def adopt(self) -> None:
-        """Find the mount and the server that an earlier incarnation left; a server that has died meanwhile is replaced at once."""
+    def adopt(self) -> bool:
+        """Find the mount and the server that an earlier incarnation left; a server that has died meanwhile is replaced at once.
+
+        → False when there is a mount and nobody holds its connection any more: it answers with errors only.
+        """
         found = [mount.minor for mount in mounts.mounts_below(str(self.target)) if mount.target == str(self.target)]
         if not found:
-            return
+            return True
         self.minor = found[0]
         descriptors = self._services.descriptors
         if descriptors.get(self._fuse) is None and (collected := collect(self._directory)):
             connection, init_request = collected
             descriptors.keep({self._fuse: connection}, {self._fuse: init_request})
         if descriptors.get(self._fuse) is None:
-            return
+            return False
         self._served = True
         pidfd, channel = descriptors.get(self._pidfd), descriptors.get(self._channel)
         if pidfd is None or channel is None:
             self._serve()
-            return
+            return True
         end = Channel(socket.socket(fileno=os.dup(channel)), self._program.says)
         self._worker.adopt(Process(self.name, pid_of(pidfd) or 0, os.dup(pidfd), end))
         self._show()
+        return True
 
     def open(self) -> int:
         """Mount LAZY, which nobody serves yet → what `start` wants to know.  Blocks: for the worker pool.  Raises OSError.
@@ -139,7 +143,7 @@ class LazyServer:
             case Said(_, _, said):
                 return said
             case Ended(_, _, how):
-                self._services.processes.remove(self._actor.name, self.name)
+                self._services.processes.remove(self._actor.name, self._worker.name)
                 if self.wanted:
                     logger.warning("{} has ended ({}); another one takes its place", self.name, how)
                     self._actor.after(BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)], _ServeAgain(self))
@@ -160,7 +164,7 @@ class LazyServer:
         self.wanted, self._released = False, True
         self._worker.let_go()
         self._services.descriptors.drop(self._fuse, self._channel, self._pidfd)
-        self._services.processes.remove(self._actor.name, self.name)
+        self._services.processes.remove(self._actor.name, self._worker.name)
 
     def let_go(self) -> None:
         """The actor ends; another incarnation adopts what there is."""
@@ -189,4 +193,4 @@ class LazyServer:
 
     def _show(self) -> None:
         row = ProcessRow(self.name, self._worker.pid or 0, self._worker.restarts)
-        self._services.processes.put(self._actor.name, row)
+        self._services.processes.put(self._actor.name, row, self._worker.name)

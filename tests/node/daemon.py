@@ -198,7 +198,9 @@ class Daemon:
     def groups(self) -> list[Path]:
         """Its control groups, in every hierarchy."""
         name = f"aerie-{hashlib.sha256(str(self.state).encode()).hexdigest()[:8]}"
-        return [group for group in Path("/sys/fs/cgroup").glob(f"**/{name}/*") if group.is_dir()]
+        # Not through all of the tree: other daemons' groups come and go while it is walked.
+        hierarchies = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*/")]
+        return [group for hierarchy in hierarchies for group in (hierarchy / name).glob("*/")]
 
     def wait_released(self) -> None:
         """Wait until everything that tasks had is given back."""

@@ -1,0 +1,321 @@
+"""One image, mounted: META, and LAZY with its server when content is missing.
+
+    MAKING      the archive is opened and, unless all content is known to be here, looked for; LAZY is mounted and served; META comes
+                last: where META is mounted, all of it is
+    THERE       what the server has fetched is published, a batch at a time
+    REMOVING    everything is unmounted, when what is whole in the spool has been published
+
+Mounts, connection, server and spool outlive the actor: its next incarnation adopts them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from actors.image import spool, wire
+from actors.image.archive import Archive, archive_path
+from actors.image.errors import ArchiveInvalid
+from actors.lazytree import mounts
+from actors.lazytree.objects import Objects
+from actors.lazytree.served import LazyServer, Program
+from actors.lazytree.wire import Progress, ReadFailed, Ready
+from actors.services import Services
+from supervisor.actor import Actor
+from supervisor.answers import Worked, WorkFailed
+from supervisor.frames import Codec
+
+SERVER_SAYS = Codec(Ready, Progress, ReadFailed, wire.Completed)
+
+
+class State(Enum):
+    MAKING = auto()
+    THERE = auto()
+    REMOVING = auto()
+    GONE = auto()
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """The image is mounted.  `complete`: all of its content is on this node, and durable."""
+
+    complete: bool
+
+
+@dataclass(frozen=True)
+class NotMounted:
+    """The image could not be mounted, and nothing of it is left."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Removed:
+    """The image is not mounted any more.  `complete`: as for `Mounted`."""
+
+    complete: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _NotReady:
+    mount: ImageMount
+
+
+class ImageMount:
+    """One mount of the image `digest`, known as `reference`, from `make` or `adopt` to its end.
+
+    The actor hands every message to `take` and calls the rest from its own thread; its `on_end` must `let_go`.  At most one piece of
+    blocking work is under way at a time, so none of them meets another.
+    """
+
+    def __init__(self, actor: Actor, services: Services, digest: str, reference: str, complete: bool) -> None:
+        self.state = State.MAKING
+        self.archive: Archive | None = None
+        self._actor = actor
+        self._services = services
+        self._settings = services.settings.image
+        self._reference = reference
+        self._complete = complete
+        self._archive_path = archive_path(self._settings.archive_dir, digest)
+        name = digest.replace(":", "-")
+        self._meta = Path(self._settings.mount_dir) / name
+        self._lazy_target = self._meta.with_name(f"{name}.lazy")
+        self._home = services.layout.served / name
+        self._spool = f"spool/image/{digest}"
+        self._lazy = LazyServer(
+            actor,
+            services,
+            f"image mount {reference}",
+            f"image/{digest}",
+            self._lazy_target,
+            self._home,
+            Program("actors.image.serve:serve", self._order, SERVER_SAYS, [self._spool]),
+        )
+        self._ready = False  # LAZY answers, or there is none
+        self._failure: Exception | None = None
+        self._completed: set[int] = set()  # and not yet published
+        self._doing = ""
+
+    @property
+    def lower(self) -> str:
+        """The layer with the names, for an overlay mount."""
+        return str(self._meta)
+
+    @property
+    def data(self) -> list[str]:
+        """The layers with the content, for the same."""
+        return [self._settings.cache_dir, *([str(self._lazy_target)] if self._lazy.minor else [])]
+
+    # --- the actor's orders ---
+
+    def adopt(self) -> bool:
+        """Take over what an earlier incarnation has mounted → whether it is whole; what is not is unmounted.  Blocks."""
+        try:
+            if str(self._meta) in {mount.target for mount in mounts.mounts_below(str(self._meta))} and self._lazy.adopt():
+                self.archive = Archive.open(self._archive_path)
+                if self._lazy.minor:
+                    self._keep_spool()
+                self.state, self._ready = State.THERE, True
+                return True
+        except (OSError, ArchiveInvalid) as error:
+            logger.warning("{} is mounted, and its archive cannot be used any more: {}", self._reference, error)
+        self._unmount()
+        self._end()
+        return False
+
+    def make(self) -> None:
+        """Mount it → `Mounted` or `NotMounted`."""
+        self._actor.after(self._services.settings.mount.ready_timeout_s, _NotReady(self))
+        self._go_on()
+
+    def remove(self) -> None:
+        """Unmount what is there → `Removed`."""
+        self.state, self._lazy.wanted = State.REMOVING, False
+        self._go_on()
+
+    def let_go(self) -> None:
+        """The actor ends, and another incarnation adopts what there is."""
+        self._lazy.let_go()
+
+    # --- what comes back ---
+
+    def take(self, message: Any) -> Mounted | NotMounted | Removed | ReadFailed | None:
+        """What a message that arrived at the actor means for this mount."""
+        event: Mounted | NotMounted | Removed | ReadFailed | None = None
+        match message:
+            case Worked((owner, step), value) if owner is self:
+                self._doing = ""
+                event = self._worked(step, value)
+            case WorkFailed((owner, step), error) if owner is self:
+                self._doing = ""
+                event = self._work_failed(step, error)
+            case _NotReady(owner):
+                if owner is self and self.state is State.MAKING:
+                    time_s = self._services.settings.mount.ready_timeout_s
+                    self._fail(TimeoutError(f"{self._reference} was not mounted within {time_s:g} s"))
+            case _:
+                event = self._from_server(message)
+        self._go_on()
+        return event
+
+    def _from_server(self, message: Any) -> ReadFailed | None:
+        match self._lazy.take(message):
+            case Ready():
+                self._ready = True
+            case wire.Completed(rows):
+                self._completed.update(rows)
+            case ReadFailed() as failed:
+                return failed
+        return None
+
+    def _go_on(self) -> None:
+        """Begin what is to be done next, unless something is being done."""
+        if self._doing:
+            return
+        match self.state:
+            case State.MAKING if self._failure is not None:
+                self._do("remove", self._remove)
+            case State.MAKING if self.archive is None:
+                self._do("look", self._look)
+            case State.MAKING if self._ready:
+                self._do("mount", self._mount)
+            case State.THERE if self._completed:
+                self._do("publish", self._publish)
+            case State.REMOVING:
+                self._do("remove", self._remove)
+
+    def _do(self, step: str, function: Callable[[], Any]) -> None:
+        self._doing = step
+        self._actor.work((self, step), function)
+
+    def _worked(self, step: str, value: Any) -> Mounted | NotMounted | Removed | None:
+        match step:
+            case "look" if self._failure is None:
+                self.archive, minor = value
+                if minor:
+                    self._lazy.start(minor)
+                else:
+                    self._complete = self._ready = True
+            case "mount" if self._failure is None:
+                self.state = State.THERE
+                return Mounted(self._complete)
+            case "publish":
+                self._completed.difference_update(value)
+                self._lazy.send(wire.Taken(value))
+            case "remove":
+                return self._removed(value)
+        return None
+
+    def _work_failed(self, step: str, error: Exception) -> NotMounted | Removed | None:
+        match step:
+            case "publish":  # a full disk, most likely; the server says it again
+                logger.error("{}: what was fetched cannot be published: {}", self._reference, error)
+                self._completed.clear()
+            case "remove":
+                logger.error("{} could not be unmounted: {}", self._reference, error)
+                return self._removed(self._complete)
+            case _:
+                self._fail(error)
+        return None
+
+    def _removed(self, complete: bool) -> NotMounted | Removed:
+        self._end()
+        return NotMounted(self._failure) if self._failure is not None else Removed(complete)
+
+    def _fail(self, error: Exception) -> None:
+        """It cannot be made.  A worker thread of ours that waits for LAZY in the kernel is freed by this."""
+        self._failure = self._failure or error
+        self._lazy.wanted = False
+        self._lazy.abort()
+
+    def _end(self) -> None:
+        self.state = State.GONE
+        self._lazy.release()
+        self._services.descriptors.drop(self._spool)
+
+    # --- what blocks, one at a time, in the worker pool ---
+
+    def _look(self) -> tuple[Archive, int]:
+        """Open the archive and, if content is missing, mount LAZY → its minor, or 0."""
+        for target in (self._meta, self._lazy_target):
+            mounts.unmount(str(target), lazily=True)
+        archive = Archive.open(self._archive_path)
+        if self._complete or self._is_complete(archive):
+            return archive, 0
+        self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._keep_spool()
+        return archive, self._lazy.open()
+
+    def _keep_spool(self) -> None:
+        if self._services.descriptors.get(self._spool) is None:
+            self._services.descriptors.keep({self._spool: spool.create(self._settings.cache_dir)})
+
+    def _order(self, init_request: bytes, replacement: bool) -> wire.ServeImage:
+        settings = self._services.settings
+        return wire.ServeImage(
+            archive=self._archive_path,
+            reference=self._reference,
+            objects=settings.image.cache_dir,
+            init_request=init_request,
+            replacement=replacement,
+            read_timeout_s=settings.mount.read_timeout_s,
+            uid=settings.sandbox.uid,
+            gid=settings.sandbox.gid,
+            spool_bytes_max=settings.image.spool_bytes_max,
+        )
+
+    def _mount(self) -> None:
+        if self._lazy.minor:
+            mounts.tune_fuse(self._lazy.minor)
+            os.statvfs(self._lazy_target)  # ready is who has answered
+        self._meta.mkdir(mode=0o755, parents=True, exist_ok=True)
+        mounts.mount_erofs(self._archive_path, str(self._meta))
+
+    def _publish(self) -> list[int]:
+        held = self._services.descriptors.get(self._spool)
+        if held is None or self.archive is None:
+            return []
+        with self._objects() as objects:
+            return spool.publish(self.archive.path, held, objects, sorted(self._completed))
+
+    def _remove(self) -> bool:
+        """→ whether all content is here now."""
+        complete = self._complete
+        if self._lazy.minor and self._failure is None and self.archive is not None:
+            try:
+                self._publish()
+                complete = self._is_complete(self.archive)
+                if not complete:
+                    with self._objects() as objects:
+                        objects.sync()  # or a power cut would cost what was fetched
+            except (OSError, ArchiveInvalid) as error:
+                logger.warning("{}: not all that was fetched could be kept: {}", self._reference, error)
+        self._unmount()
+        return complete
+
+    def _unmount(self) -> None:
+        for target in (self._meta, self._lazy_target):
+            mounts.unmount(str(target), lazily=True)
+            with contextlib.suppress(FileNotFoundError):
+                target.rmdir()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def _is_complete(self, archive: Archive) -> bool:
+        """Whether OBJECTS have all that the archive names; if so, it is durable."""
+        with self._objects() as objects:
+            with contextlib.closing(archive.objects()) as table:
+                complete = all(objects.has(table.row(index).key) for index in range(len(table)))
+            if complete:
+                objects.sync()
+        return complete
+
+    def _objects(self) -> contextlib.closing[Objects]:
+        return contextlib.closing(Objects(self._settings.cache_dir))
