@@ -90,6 +90,18 @@ def signal_process(pidfd: int, number: int) -> bool:
     return True
 
 
+def is_stopped(pidfd: int) -> bool:
+    """Whether somebody has stopped the process (SIGSTOP, a debugger): it runs no further until it is told to go on.
+
+    Only a parent is told of that, so who is none must look.
+    """
+    pid = pid_of(pidfd)
+    try:
+        return pid is not None and _stat(pid)[0] in ("T", "t") and pid_of(pidfd) == pid
+    except ProcessLookupError:
+        return False
+
+
 def set_child_subreaper() -> None:
     """Orphans below this process become its children from now on, and it must reap them: prctl(2)."""
     if _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0):

@@ -35,11 +35,12 @@ from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, Services
 from actors.settings import Settings
 from supervisor.actor import Actor
 from supervisor.answers import Answer, Refused, Worked, WorkFailed, refusal
-from supervisor.pidfd import pid_of, signal_process, wait_status
+from supervisor.pidfd import has_ended, is_stopped, pid_of, signal_process, wait_status
 from supervisor.processes import ProcessRow
 from supervisor.tree import System
 
 CONMON_S = 5.0  # how long conmon may take to write the last output and end, once its container has
+STOPPED_S = 2.0  # between two looks whether somebody has stopped a conmon
 EXEC_ERROR_BYTES_MAX = 4096  # a journal that holds more holds more than the runtime's one line
 CREATIONS_MAX = 3  # of one task's container, in a row
 RETRY_S = 1.0  # before something that must be done, and failed, is tried again
@@ -121,6 +122,8 @@ class SandboxActor(Actor):
                 self._container_ended()
             case ("ended", "conmon"):
                 self._conmon_ended()
+            case ("is conmon stopped",):
+                self._check_conmon()
             case ("conmon is late",):
                 self._conmon_is_late()
             case ("grace is over",):
@@ -408,6 +411,7 @@ class SandboxActor(Actor):
                 self._services.watcher.process(pidfd, partial(mailbox, ("ended", kind)))
                 if kind == "conmon" and (pid := pid_of(pidfd)):
                     self._services.processes.put(self.name, ProcessRow(f"conmon {self._task}", pid, 0))
+                    self.after(STOPPED_S, ("is conmon stopped",))
 
     def _forget_processes(self) -> None:
         for kind in ("container", "conmon"):
@@ -430,6 +434,15 @@ class SandboxActor(Actor):
         else:
             logger.warning("conmon of task {} was killed; its pipes are taken over", self._task)
             self._request("pumped", OUTPUT, output.PumpOutput(self._task))
+
+    def _check_conmon(self) -> None:
+        """A monitor that somebody has stopped goes on: it cannot be replaced without a loss, and soon its task waits in write(2)."""
+        pidfd = self._services.descriptors.get(held("conmon", self._task))
+        if pidfd is None or has_ended(pidfd):
+            return
+        if is_stopped(pidfd) and signal_process(pidfd, signal.SIGCONT):
+            logger.warning("conmon of task {} had been stopped; it is told to go on", self._task)
+        self.after(STOPPED_S, ("is conmon stopped",))
 
     def _conmon_is_late(self) -> None:
         pidfd = self._services.descriptors.get(held("conmon", self._task))

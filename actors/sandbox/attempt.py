@@ -23,7 +23,7 @@ from actors.sandbox.cgroup import Cgroup
 from actors.sandbox.runtimes import Runtime
 from supervisor.pidfd import open_pidfd, pid_of, signal_process
 
-CREATE_TIMEOUT_S = 60.0
+CREATE_TIMEOUT_S = 30.0
 DELETE_TIMEOUT_S = 30.0
 STREAMS = ("stdout", "stderr")
 HELD = ("container", "conmon", "attempt", *STREAMS)  # the kinds of descriptor that keeper and root supervisor hold of a task

@@ -34,7 +34,7 @@ PAUSE_S = 0.3  # between two strikes, at most
 AIM_S = 3.0  # how long a runtime may take to be called at the verb at which it is to die
 HANG_SHARE, PAIR_SHARE, WAIT_SHARE = 0.1, 0.25, 0.3
 BUILDER_SHARE = 0.25
-HUNG = ("image mount", "workspace mount", "image builder", "output mover", "syncer")
+HUNG = ("conmon", "image mount", "workspace mount", "image builder", "output mover", "syncer")
 TASK_S = 180.0  # that a task may take in all of it
 # Those that nothing else can be said of than that they must be there again; the others live as long as their task or image.
 RETURNING = ("keeper", victims.ROOT, "fork server", "output mover", "syncer")

@@ -144,6 +144,11 @@ def test_a_hung_process_is_found_by_its_silence_and_replaced(daemon: Daemon, tas
     check(daemon, task)
 
 
+def test_a_stopped_conmon_goes_on(daemon: Daemon, task: str) -> None:
+    os.kill(daemon.pid_of(f"conmon {task}"), signal.SIGSTOP)
+    check(daemon, task)
+
+
 @pytest.mark.parametrize(
     ("runtime", "verb"), [("crun", "create"), ("runc", "create"), ("runc", "start"), ("crun", "delete"), ("runc", "delete")]
 )

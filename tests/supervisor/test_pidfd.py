@@ -157,3 +157,18 @@ def test_a_subreaper_inherits_orphans() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=20)
     assert (done.stdout, done.stderr) == ("9\n", "")
+
+
+def test_a_stopped_process() -> None:
+    with shell("exit 0") as (process, descriptor):
+        assert not pidfd.is_stopped(descriptor)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert pidfd.is_stopped(descriptor)
+        process.send_signal(signal.SIGCONT)
+        os.waitid(os.P_PID, process.pid, os.WCONTINUED)
+        assert not pidfd.is_stopped(descriptor)
+        let_end(process, descriptor)
+        assert not pidfd.is_stopped(descriptor)
+        process.wait()
+        assert not pidfd.is_stopped(descriptor)
