@@ -53,6 +53,15 @@ class Watcher:
 
         self._watch(pidfd, once)
 
+    def readable(self, descriptor: int, told: Callable[[], None]) -> None:
+        """Call `told` once, when the descriptor can be read from, or has an error."""
+
+        def once() -> None:
+            if self.forget(descriptor):
+                told()
+
+        self._watch(descriptor, once)
+
     def channel(self, channel: Channel, arrived: Callable[[Any, list[int]], None], closed: Callable[[], None]) -> None:
         """Call `arrived` for each message (the descriptors are then its), and `closed` once when no more will come.
 

@@ -12,6 +12,7 @@ serves immutable bytes only: every request can be executed twice, and a killed s
     table      the objects of one tree as a file that a server maps; node ids of LAZY are indexes into it
     objects    OBJECTS: an object is there whole or not at all
     mounts     mounting all of it, finding and removing what is mounted
+    greeting   what the kernel is told on LAZY's connection before there is a server
     wire       what a LAZY server and its parent say to each other (no FUSE in it: the parent imports it)
     server     the LAZY server (pyfuse3), over a `Source` of content
     served     a LAZY mount and its servers, one after another, for the actor that owns the tree

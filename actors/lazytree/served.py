@@ -11,13 +11,16 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from loguru import logger
 
-from actors.lazytree import mounts
+from actors.lazytree import greeting, mounts
 from actors.lazytree.connection import collect, write_down
 from actors.lazytree.wire import Ready
 from actors.services import Services
@@ -31,12 +34,20 @@ from supervisor.worker import Ended, Said, Started, Worker
 
 BACKOFF_S = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5, 1.0)  # before the n-th server in a row that never served
 """The first three at once: a reader inside the task waits for it."""
+STAND_BY_S = 1.0  # how long a tree that has all of its objects does without a server, unless one is asked for
 
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, eq=False)
 class _ServeAgain:
+    server: LazyServer
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """Somebody asks something of a connection that has no server yet, or the time without one is over."""
+
     server: LazyServer
 
 
@@ -69,6 +80,7 @@ class LazyServer:
         self.target = target
         self.minor = 0  # the mount's, and the number of its connection; 0 while there is none
         self.wanted = True  # a server that ends is replaced
+        self._writing = threading.Lock()  # held while it is written down who serves
         self._actor = actor
         self._services = services
         # With a number, so that a late word from an earlier mount of the same tree is not taken for this one's.
@@ -79,6 +91,7 @@ class LazyServer:
         self._served = False  # a server of this connection has lived
         self._failures = 0
         self._released = False
+        self._awaited: int | None = None  # the connection, while it is watched for the first request
 
     def adopt(self) -> bool:
         """Find the mount and the server that an earlier incarnation left; a server that has died meanwhile is replaced at once.
@@ -121,6 +134,30 @@ class LazyServer:
         self._services.descriptors.keep({self._fuse: connection}, {self._fuse: mounted.init_request})
         return mounted.minor
 
+    @contextmanager
+    def greeting(self) -> Iterator[None]:
+        """Mount LAZY, and answer for it as long as the block runs, which mounts the tree over it; `stand_by` is to follow.
+
+        For a tree that has all of its objects, and so need not wait for a server.  Blocks: for the worker pool.  Raises OSError.
+        """
+        self.minor = self.open()
+        connection = self._services.descriptors.get(self._fuse)
+        assert connection is not None
+        os.write(connection, greeting.init_reply(self._services.descriptors.data(self._fuse)))
+        self._served = True  # as far as the next server is concerned
+        with greeting.answering(connection):
+            yield
+
+    def stand_by(self) -> None:
+        """Start a server of a mount that was greeted: as soon as somebody asks something, or after STAND_BY_S.
+
+        A task that is over by then has cost none.
+        """
+        self._awaited = self._services.descriptors.get(self._fuse)
+        if self._awaited is not None:
+            self._services.watcher.readable(self._awaited, partial(self._actor.mailbox, _Wanted(self)))
+            self._actor.after(STAND_BY_S, _Wanted(self))
+
     def start(self, minor: int) -> None:
         """Serve the mount that `open` has made."""
         self.minor = minor
@@ -130,6 +167,10 @@ class LazyServer:
         """What a message that arrived at the actor means for it: what the server says, `Ready` once for the mount; or None."""
         if isinstance(message, _ServeAgain):
             if message.server is self and self.wanted and mounts.mounts_below(str(self.target)):
+                self._serve()
+            return None
+        if isinstance(message, _Wanted):
+            if message.server is self and self.wanted and self._await_no_longer():
                 self._serve()
             return None
         match self._worker.take(message):
@@ -159,16 +200,31 @@ class LazyServer:
         if self.minor:
             mounts.abort_fuse(self.minor)
 
+    def want(self, wanted: bool) -> None:
+        """Whether a server that ends is to be replaced.  Once none is, nothing more is written into the tree's directory."""
+        with self._writing:
+            self.wanted = wanted
+
     def release(self) -> None:
         """Have done with the server of a mount that is gone, and hold nothing more."""
         self.wanted, self._released = False, True
+        self._await_no_longer()
         self._worker.let_go()
         self._services.descriptors.drop(self._fuse, self._channel, self._pidfd)
         self._services.processes.remove(self._actor.name, self._worker.name)
 
     def let_go(self) -> None:
         """The actor ends; another incarnation adopts what there is."""
+        self._await_no_longer()
         self._worker.let_go(alive=True)
+
+    def _await_no_longer(self) -> bool:
+        """Watch the connection no longer for its first request → whether that was being done."""
+        if self._awaited is None:
+            return False
+        self._services.watcher.forget(self._awaited)
+        self._awaited = None
+        return True
 
     def _serve(self) -> None:
         self._worker.start(self._make)
@@ -185,10 +241,12 @@ class LazyServer:
         descriptors.keep({self._pidfd: os.dup(process.pidfd), self._channel: os.dup(process.channel.fileno())})
         if self._released:  # meanwhile, and what was kept just now would stay for ever
             descriptors.drop(self._channel, self._pidfd)
-        try:
-            write_down(self._directory, process, init_request)
-        except OSError as error:  # a full disk, for instance: that costs the third holder, and not the server
-            logger.warning("{}: it could not be written down who serves: {}", self.name, error)
+        with self._writing:
+            try:
+                if self.wanted:
+                    write_down(self._directory, process, init_request)
+            except OSError as error:  # a full disk, for instance: that costs the third holder, and not the server
+                logger.warning("{}: it could not be written down who serves: {}", self.name, error)
         return process
 
     def _show(self) -> None:

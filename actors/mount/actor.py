@@ -1,6 +1,6 @@
 """The MountActor of one task: its workspace, from the store's listing to the last byte synced back.
 
-It decides when the mount is made, served again and removed.  The mount itself, the FUSE server and the connection's descriptor
+It decides when the mount is made, served, served again and removed.  The mount itself, the FUSE server and the connection's descriptor
 belong to the keeper and the kernel: this actor may be restarted at any moment and finds them again.
 """
 
@@ -89,8 +89,10 @@ class MountActor(Actor):
                     self._failed(error)
                 else:
                     self._synced("sync_failed", [], error)
-            case Worked("mount", _):
+            case Worked("mount", greeted):
                 self._is_mounted()
+                if greeted:
+                    self._server.stand_by()
             case WorkFailed("mount", error):
                 self._failed(str(error))
             case Worked("open", minor):
@@ -102,7 +104,8 @@ class MountActor(Actor):
             case WorkFailed("unmount", error):
                 logger.error("the workspace of {} could not be unmounted, trying again: {}", self._task, error)
                 self.after(1.0, messages.UnmountWorkspace(self._task, self._keep_staging))
-                self._releasing, self._server.wanted = False, True
+                self._releasing = False
+                self._server.want(True)
             case _NotReady() if self._mounting:
                 self._failed(f"the workspace was not ready within {self._services.settings.mount.ready_timeout_s:g} s")
             case _:
@@ -136,6 +139,8 @@ class MountActor(Actor):
         match value:
             case wire.Indexed(objects=0):
                 self._put_together()
+            case wire.Indexed(missing=0):
+                self.work("mount", self._mount_unserved)
             case wire.Indexed():
                 self.work("open", self._server.open)
             case wire.Synced():
@@ -167,7 +172,13 @@ class MountActor(Actor):
     def _put_together(self) -> None:
         self.work("mount", self._mount_tree)
 
-    def _mount_tree(self) -> None:
+    def _mount_unserved(self) -> bool:
+        """Every object is there: nobody need wait for a server."""
+        with self._server.greeting():
+            self._mount_tree(served=False)
+        return True
+
+    def _mount_tree(self, served: bool = True) -> None:
         """Put META, OBJECTS and LAZY together, and prove that LAZY answers; in a worker thread, for the kernel may wait for the server."""
         layout = self._layout
         objects = self._services.settings.image.cache_dir
@@ -179,7 +190,8 @@ class MountActor(Actor):
         if self._server.minor:
             mounts.tune_fuse(self._server.minor)
             data.append(str(layout.workspace_lazy))
-            self._read_through()
+            if served:
+                self._read_through()
         if not layout.staging.exists():
             mounts.make_upper(str(layout.staging), str(layout.staging_work), str(layout.workspace_meta))
         mounts.mount_overlay(
@@ -242,7 +254,8 @@ class MountActor(Actor):
 
     def _release(self) -> None:
         if not self._releasing:
-            self._releasing, self._server.wanted = True, False
+            self._releasing = True
+            self._server.want(False)
             self.work("unmount", self._unmount_tree)
 
     def _unmount_tree(self) -> None:

@@ -16,7 +16,10 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     """Serve a `ServeTree` on the one descriptor, a FUSE connection, until its mount is gone."""
     order: ServeTree = Codec(ServeTree).decode(arguments)
     [fuse_descriptor] = descriptors
-    table = ObjectTable(order.table)
+    try:
+        table = ObjectTable(order.table)
+    except FileNotFoundError:
+        raise SystemExit(f"{order.table} is gone, and the task with it") from None
     source = DirectorySource(order.store)
     drop_privileges(order.uid, order.gid)
     serve_tree(Channel(end, Codec(Ready, Progress, ReadFailed)), fuse_descriptor, order, table, source)

@@ -271,3 +271,20 @@ def wait_for_output(daemon: Daemon, task: str, text: bytes) -> None:
 def wait_running(daemon: Daemon, task: str) -> None:
     while daemon.command("result", "--json", task).stdout.find(b'"running"') < 0:
         pass
+
+
+def test_a_workspace_that_is_all_there_is_served_only_when_a_task_stays(daemon: Daemon) -> None:
+    store = daemon.state / "workspaces/small"
+    store.mkdir(parents=True)
+    (store / "file").write_text("small\n")
+    daemon.run("true", workspace="small")
+    task = daemon.submit("cat file; until [ -e go ]; do sleep 0.02; done", workspace="small")
+    staged = daemon.run_dir / "tasks" / task / "workspace"
+    journal = daemon.state / "tasks" / task / "output/journal"
+    while not (journal.exists() and b"small" in journal.read_bytes()):
+        time.sleep(0.01)
+    with pytest.raises(LookupError):
+        daemon.pid_of(f"workspace mount {task}")
+    daemon.wait_pid(f"workspace mount {task}")
+    (staged / "go").touch()
+    assert daemon.result(task).exit_code == 0

@@ -236,3 +236,16 @@ def test_a_listener_that_fails_does_not_deafen_the_others(
 def test_a_descriptor_that_is_none_is_an_error_of_who_asked(watcher: Watcher) -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         watcher.process(9999, lambda: None)
+
+
+def test_a_descriptor_that_can_be_read_is_told_once(watcher: Watcher) -> None:
+    log = Log()
+    reading, writing = os.pipe()
+    watcher.readable(reading, lambda: log("readable"))
+    assert log.silent
+    os.write(writing, b"1")
+    assert log.next() == ("readable",)
+    os.write(writing, b"2")
+    assert log.silent and not watcher.forget(reading)
+    for end in (reading, writing):
+        os.close(end)
