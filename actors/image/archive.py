@@ -2,6 +2,7 @@
 
     offset 0    META, an EROFS image: the kernel mounts the archive itself
     a page on   the object table (`actors.lazytree.table`; each source a `content.LayerContent`)
+    a page on   where its layers can be read from (`checkpoints`)
     behind it   an `ImageInfo`, as msgpack
     the end     the footer: magic, version, place and length of each section, sha256 of all bytes before that
 
@@ -19,17 +20,21 @@ import re
 import secrets
 import struct
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import BinaryIO
 
 import msgspec
 
+from actors.image.checkpoints import Checkpoints, CorruptSpans, Spans
 from actors.image.errors import ArchiveInvalid
 from actors.lazytree import erofs
 from actors.lazytree.table import CorruptTable, ObjectTable, Row, write_table
 
-VERSION = 1
+VERSION = 2  # 1 had no checkpoints
 _MAGIC = b"AERIEIMG"
-_FOOTER = struct.Struct("<8sI4xQQQQQ")  # magic, version, length of META, table's offset and length, info's offset and length
+_FOOTER = struct.Struct("<8sI4xQQQQQQQ")  # magic, version, length of META; offset and length of table, spans and info
+_VERSION = struct.Struct("<8sI4x")
+_OLD_FOOTER_BYTES = {1: 56}
 _CHECKSUM_BYTES = 32
 _PAGE_BYTES = 4096
 _TEMPORARY = re.compile(r"\.sha256-[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
@@ -70,61 +75,65 @@ def archive_path(directory: str, digest: str) -> str:
 class Archive:
     """An archive that was found whole.  `path` can be mounted as META; `info` is what is in it."""
 
-    def __init__(self, path: str, info: ImageInfo, table: tuple[int, int]) -> None:
+    def __init__(self, path: str, info: ImageInfo, table: tuple[int, int], spans: tuple[int, int]) -> None:
         self.path = path
         self.info = info
         self._table = table  # offset, length
+        self._spans = spans
 
     @classmethod
-    def open(cls, path: str) -> Archive:
-        """The archive at `path`, all of it checked.  Raises ArchiveInvalid, OSError (FileNotFoundError when there is none)."""
+    def open(cls, path: str, checked: bool = False) -> Archive:
+        """The archive at `path`.  Raises ArchiveInvalid, OSError (FileNotFoundError when there is none).
+
+        `checked`: its checksum has been found right already, and need not be looked at again.
+        """
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             end = size - _CHECKSUM_BYTES
             if end < _FOOTER.size:
                 raise ArchiveInvalid(f"{path}: {size} bytes are too few for an image's archive")
             file.seek(end - _FOOTER.size)
-            magic, version, meta_length, *sections = _FOOTER.unpack(file.read(_FOOTER.size))
-            table_offset, table_length, info_offset, info_length = sections
+            footer = file.read(_FOOTER.size)
+            magic, version, meta_length, *places = _FOOTER.unpack(footer)
+            for old, length in _OLD_FOOTER_BYTES.items():
+                if _VERSION.unpack_from(footer, len(footer) - length) == (_MAGIC, old):
+                    magic, version = _MAGIC, old
             if magic != _MAGIC:
                 raise ArchiveInvalid(f"{path}: not an image's archive, or not all of one")
             if version != VERSION:
                 raise ArchiveInvalid(f"{path}: an archive of version {version}; this daemon reads version {VERSION}")
-            if file.read() != _digest(file, end):
+            if not checked and file.read() != _digest(file, end):
                 raise ArchiveInvalid(f"{path}: the archive is damaged (its checksum is another)")
-            if (
-                not meta_length
-                <= table_offset
-                <= table_offset + table_length
-                <= info_offset
-                <= info_offset + info_length
-                <= end
-            ):
-                raise ArchiveInvalid(f"{path}: the archive's sections overlap")
+            sections = list(zip(places[::2], places[1::2], strict=True))
+            ends = [meta_length]
+            for offset, length in sections:
+                if not ends[-1] <= offset <= offset + length <= end:
+                    raise ArchiveInvalid(f"{path}: the archive's sections overlap")
+                ends.append(offset + length)
+            table, spans, (info_offset, info_length) = sections
             file.seek(info_offset)
             try:
                 info = msgspec.msgpack.decode(file.read(info_length), type=ImageInfo)
             except msgspec.MsgspecError as error:
                 raise ArchiveInvalid(f"{path}: the archive's description of the image is not understood: {error}") from None
-        return cls(path, info, (table_offset, table_length))
+        return cls(path, info, table, spans)
 
     def objects(self) -> ObjectTable:
         """The object table, which is the caller's to close.  Raises ArchiveInvalid, OSError."""
-        offset, length = self._table
-        # ObjectTable maps a file of its own: the section is copied into one that has no name and no disk.
-        descriptor = os.memfd_create("objects", os.MFD_CLOEXEC)
         try:
-            with open(self.path, "rb") as file:
-                while length > 0 and (copied := os.sendfile(descriptor, file.fileno(), offset, length)):
-                    offset, length = offset + copied, length - copied
-            return ObjectTable(f"/proc/self/fd/{descriptor}")
+            return ObjectTable(self.path, self._table)
         except CorruptTable as error:
-            raise ArchiveInvalid(f"{self.path}: {error}") from None
-        finally:
-            os.close(descriptor)
+            raise ArchiveInvalid(str(error)) from None
+
+    def spans(self, table: ObjectTable) -> Spans:
+        """Where the content of the objects in `table` can be read from, the caller's to close.  Raises ArchiveInvalid, OSError."""
+        try:
+            return Spans(self.path, self._spans, table)
+        except CorruptSpans as error:
+            raise ArchiveInvalid(str(error)) from None
 
 
-def write_archive(directory: str, root: erofs.Node, rows: Iterable[Row], info: ImageInfo) -> str:
+def write_archive(directory: str, root: erofs.Node, rows: Iterable[Row], checkpoints: Checkpoints, info: ImageInfo) -> str:
     """Write the archive of `info.digest` and return its path, where it is whole and durable or not at all.
 
     Raises OSError, and ValueError for a tree that EROFS cannot express.  What earlier writers that were killed have
@@ -135,7 +144,7 @@ def write_archive(directory: str, root: erofs.Node, rows: Iterable[Row], info: I
     temporary, file = _create(directory, os.path.basename(path).removesuffix(".aerie"))
     with file:
         try:
-            _write_sections(file, root, rows, info)
+            _write_sections(file, root, rows, checkpoints, info)
             os.fsync(file.fileno())
             os.rename(temporary, path)
         except BaseException:
@@ -145,18 +154,27 @@ def write_archive(directory: str, root: erofs.Node, rows: Iterable[Row], info: I
     return path
 
 
-def _write_sections(file: BinaryIO, root: erofs.Node, rows: Iterable[Row], info: ImageInfo) -> None:
+def _write_sections(file: BinaryIO, root: erofs.Node, rows: Iterable[Row], checkpoints: Checkpoints, info: ImageInfo) -> None:
+    ordered = sorted(rows, key=attrgetter("key"))
     meta_length = erofs.write(root, file)
-    table_offset = meta_length + -meta_length % _PAGE_BYTES
-    file.write(bytes(table_offset - meta_length))
-    table_length = write_table(file, rows)
+    table_offset = _fill_page(file, meta_length)
+    table_length = write_table(file, ordered)
+    spans_offset = _fill_page(file, table_offset + table_length)
+    spans_length = checkpoints.write(file, ordered)
+    info_offset = spans_offset + spans_length
     encoded = msgspec.msgpack.encode(info)
     file.write(encoded)
-    info_offset = table_offset + table_length
-    file.write(_FOOTER.pack(_MAGIC, VERSION, meta_length, table_offset, table_length, info_offset, len(encoded)))
+    places = (table_offset, table_length, spans_offset, spans_length, info_offset, len(encoded))
+    file.write(_FOOTER.pack(_MAGIC, VERSION, meta_length, *places))
     file.flush()
     file.write(_digest(file, info_offset + len(encoded) + _FOOTER.size))
     file.flush()
+
+
+def _fill_page(file: BinaryIO, end: int) -> int:
+    """Where the next page begins, when the file has `end` bytes; up to there it is filled with zeros."""
+    file.write(bytes(-end % _PAGE_BYTES))
+    return end + -end % _PAGE_BYTES
 
 
 def _digest(file: BinaryIO, length: int) -> bytes:

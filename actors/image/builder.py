@@ -6,11 +6,13 @@ before the archive that counts on them is renamed into place.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
 
 from actors.image.archive import Archive, ImageInfo, LayerInfo, archive_path, write_archive
+from actors.image.checkpoints import Checkpoints
 from actors.image.content import Contents
 from actors.image.errors import ArchiveInvalid, ContentCorrupt, DiskFull, LayerUnsafe, OverBounds, Unsupported
 from actors.image.layers import LayeredTree, is_whiteout
@@ -84,34 +86,38 @@ class Build:
         manifest = self._manifest = registry.manifest(digest)
         config = registry.config(manifest, platform)
         self._phase = "reading layers"
-        tree, contents = LayeredTree(self._budget), Contents(objects)
-        for number, (layer, diff_id) in enumerate(zip(manifest.layers, config.rootfs.diff_ids, strict=True)):
-            self._layer = number + 1
-            blob = Verified(registry.blob(layer), layer)
+        with contextlib.closing(Checkpoints(self._order.archive_dir)) as checkpoints:
+            tree, contents = LayeredTree(self._budget), Contents(objects)
+            for number, (layer, diff_id) in enumerate(zip(manifest.layers, config.rootfs.diff_ids, strict=True)):
+                self._layer = number + 1
+                blob = Verified(registry.blob(layer), layer)
+                try:
+                    self._read_layer(blob, number, diff_id, tree, contents, checkpoints)
+                except (ContentCorrupt, LayerUnsafe, Unsupported) as error:
+                    raise type(error)(f"{registry.reference}, layer {self._layer} of {len(manifest.layers)}: {error}") from None
+            self._phase = "writing archive"
+            objects.sync()
+            keys = _keys(tree.root)
+            rows = [row for key, row in contents.rows.items() if key in keys]
+            unpacked_bytes = sum(row.size_bytes - contents.hole_bytes.get(row.key, 0) for row in rows)
+            info = _describe(registry.reference, digest, manifest, config, len(rows), unpacked_bytes)
             try:
-                self._read_layer(blob, number, diff_id, tree, contents)
-            except (ContentCorrupt, LayerUnsafe, Unsupported) as error:
-                raise type(error)(f"{registry.reference}, layer {self._layer} of {len(manifest.layers)}: {error}") from None
-        self._phase = "writing archive"
-        objects.sync()
-        keys = _keys(tree.root)
-        rows = [row for key, row in contents.rows.items() if key in keys]
-        unpacked_bytes = sum(row.size_bytes - contents.hole_bytes.get(row.key, 0) for row in rows)
-        info = _describe(registry.reference, digest, manifest, config, len(rows), unpacked_bytes)
-        try:
-            path = write_archive(self._order.archive_dir, tree.root, rows, info)
-        except ValueError as error:
-            raise ContentCorrupt(f"{registry.reference}: a file that no file system here could hold: {error}") from None
+                path = write_archive(self._order.archive_dir, tree.root, rows, checkpoints, info)
+            except ValueError as error:
+                raise ContentCorrupt(f"{registry.reference}: a file that no file system here could hold: {error}") from None
         return Built(digest, path, info.objects, info.unpacked_bytes, self._read_bytes)
 
-    def _read_layer(self, blob: Verified, number: int, diff_id: str, tree: LayeredTree, contents: Contents) -> None:
-        stream = LayerStream(decompress(self._counted(blob)), diff_id, self._budget)
+    def _read_layer(
+        self, blob: Verified, number: int, diff_id: str, tree: LayeredTree, contents: Contents, checkpoints: Checkpoints
+    ) -> None:
+        stream = LayerStream(decompress(self._counted(blob), checkpoints.add), diff_id, self._budget)
         tree.begin_layer()
         try:
             for entry in entries(stream, self._budget):
                 key = contents.take(stream, entry, number) if entry.is_file and not is_whiteout(entry) else None
                 tree.add(entry, key)
             stream.finish()
+            checkpoints.end_layer(blob.size, stream.offset)
         except (ContentCorrupt, LayerUnsafe):
             # Whose fault?  If the registry's copy is damaged, which its end tells, then what was found in it says nothing
             # about the image.

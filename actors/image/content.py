@@ -38,6 +38,19 @@ class LayerContent(msgspec.Struct, frozen=True, array_like=True):
     extents: list[tuple[int, int]] | None = None
 
 
+_decoder = msgspec.msgpack.Decoder(LayerContent)
+
+
+def decode_content(row: Row) -> LayerContent:
+    """Where the content of an image's object is.  Raises msgspec.MsgspecError."""
+    return _decoder.decode(row.source)
+
+
+def stored_bytes(row: Row, content: LayerContent) -> int:
+    """How many bytes of the layer are the object's content: its size without its holes."""
+    return row.size_bytes if content.extents is None else sum(length for _, length in content.extents)
+
+
 class Contents:
     """The objects of one image, in OBJECTS before or not: each one's row, and the holes of sparse ones, by key."""
 

@@ -8,14 +8,13 @@ All of it is pulled by whoever reads the LayerStream, a block at a time: memory 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-
-from isal import igzip_lib
+import itertools
+from collections.abc import Callable, Iterator
 
 from actors.image.errors import ContentCorrupt, OverBounds, Unsupported
+from actors.image.inflate import BLOCK_BYTES, Checkpoint, inflate
 from actors.image.manifests import Descriptor
 
-BLOCK_SIZE = 1 << 20  # of decompressed bytes produced at once
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _METADATA_SIZE_MAX = 256 << 20  # names, attributes and maps of sparse files: what the builder keeps in memory
@@ -85,46 +84,18 @@ class Verified:
         return ContentCorrupt(f"the registry's copy of {self._blob.digest} is damaged: {why}; push the image again")
 
 
-def decompress(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The bytes of a layer, in blocks of at most BLOCK_SIZE: gunzipped when they are gzip (which media types do not tell).
+def decompress(pieces: Iterator[bytes], checkpoint: Callable[[Checkpoint], None]) -> Iterator[bytes]:
+    """The bytes of a layer, in blocks of at most BLOCK_BYTES: gunzipped when they are gzip (which media types do not tell).
 
-    Raises ContentCorrupt, and Unsupported for zstd.
+    `checkpoint` is called with those of a gzip.  Raises ContentCorrupt, and Unsupported for zstd.
     """
     first = next(pieces, b"")
     while 0 < len(first) < len(_ZSTD_MAGIC) and (more := next(pieces, b"")):
         first += more
     if first.startswith(_ZSTD_MAGIC):
         raise Unsupported("a layer is compressed with zstd, which is not handled yet; push the image with gzip layers")
-    if first.startswith(_GZIP_MAGIC):
-        yield from _gunzip(first, pieces)
-    else:
-        yield first
-        yield from pieces
-
-
-def _gunzip(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """All members of a gzip file; zero padding behind them is none, as for gzip(1)."""
-    member, data = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), first
-    while True:
-        try:
-            block = member.decompress(data, BLOCK_SIZE)
-        except igzip_lib.IsalError as error:  # type: ignore[misc]  # isal's stub declares an instance where the class is
-            raise ContentCorrupt(f"a layer is not whole gzip: {error}") from None
-        if block:
-            yield block
-        if member.eof:
-            data = member.unused_data.lstrip(b"\0")
-            while not data and (piece := next(pieces, b"")):
-                data = piece.lstrip(b"\0")
-            if not data:
-                return
-            member = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
-        elif member.needs_input:
-            data = next(pieces, b"")
-            if not data:
-                raise ContentCorrupt("a layer's gzip ends in the middle")
-        else:
-            data = b""
+    pieces = itertools.chain([first], pieces)
+    return inflate(pieces, checkpoint) if first.startswith(_GZIP_MAGIC) else pieces
 
 
 class LayerStream:
@@ -166,7 +137,7 @@ class LayerStream:
     def skip(self, size: int) -> None:
         """Pass over `size` bytes.  Raises as `read_exactly`."""
         while size > 0:
-            size -= len(self.read_exactly(min(size, BLOCK_SIZE)))
+            size -= len(self.read_exactly(min(size, BLOCK_BYTES)))
 
     def finish(self) -> None:
         """Read to the end and verify everything.  Raises ContentCorrupt, OverBounds."""

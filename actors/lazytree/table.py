@@ -51,16 +51,25 @@ def write_table(file: BinaryIO, rows: Iterable[Row]) -> int:
     return place
 
 
-class ObjectTable:
-    """A table in the file at `path`, which is mapped and not kept open.  Raises CorruptTable, OSError."""
+def map_section(descriptor: int, offset: int, length: int) -> memoryview:
+    """A part of a file, mapped until the last view of it is released.  Raises OSError, ValueError (beyond its end)."""
+    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+    return memoryview(mmap.mmap(descriptor, offset - begin + length, prot=mmap.PROT_READ, offset=begin))[offset - begin :]
 
-    def __init__(self, path: str) -> None:
+
+class ObjectTable:
+    """A table in the file at `path`, which is mapped and not kept open.  Raises CorruptTable, OSError.
+
+    `section`: offset and length of the table, for a file with something else in it.
+    """
+
+    def __init__(self, path: str, section: tuple[int, int] | None = None) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            size_bytes = os.fstat(descriptor).st_size
+            offset, size_bytes = section or (0, os.fstat(descriptor).st_size)
             if size_bytes < _HEADER.size:
                 raise CorruptTable(f"{path}: {size_bytes} bytes are too few for an object table")
-            self._map = mmap.mmap(descriptor, size_bytes, prot=mmap.PROT_READ)
+            self._map = map_section(descriptor, offset, size_bytes)
         finally:
             os.close(descriptor)
         self._path = path
@@ -81,7 +90,7 @@ class ObjectTable:
         key, size_bytes, place, length = _ROW.unpack_from(self._map, _HEADER.size + _ROW.size * index)
         if place + length > len(self._map):
             raise CorruptTable(f"{self._path}: the source of row {index} lies outside of the file")
-        return Row(key.hex(), size_bytes, self._map[place : place + length])
+        return Row(key.hex(), size_bytes, bytes(self._map[place : place + length]))
 
     def find(self, key: str) -> int | None:
         """The index of the object with that key, None when there is none (or `key` is not 64 lower-case hex digits)."""
@@ -93,7 +102,7 @@ class ObjectTable:
         while low < high:
             middle = (low + high) // 2
             place = _HEADER.size + _ROW.size * middle
-            found = self._map[place : place + 32]
+            found = bytes(self._map[place : place + 32])
             if found == wanted:
                 return middle if key == wanted.hex() else None  # one spelling: fromhex() takes "AB" and spaces too
             if found < wanted:
@@ -103,4 +112,4 @@ class ObjectTable:
         return None
 
     def close(self) -> None:
-        self._map.close()
+        self._map.release()

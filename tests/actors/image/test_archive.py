@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import stat
+import struct
+from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from actors.image.archive import Archive, ImageInfo, LayerInfo, archive_path, write_archive
+from actors.image.checkpoints import Checkpoints
+from actors.image.content import LayerContent
 from actors.image.errors import ArchiveInvalid
 from actors.lazytree.erofs import Node
 from actors.lazytree.mounts import mount_erofs, unmount
@@ -29,13 +35,18 @@ INFO = ImageInfo(
 )
 
 
+ROW = Row(KEY, 5, msgspec.msgpack.encode(LayerContent(0, 512)))
+
+
 def tree() -> Node:
     file = Node(stat.S_IFREG | 0o4755, uid=1, gid=2, mtime_ns=-1_500_000_000, size=5, key=KEY)
     return Node(stat.S_IFDIR | 0o755, children={b"f": file, b"g": file, b"s": Node(stat.S_IFLNK | 0o777, target=b"f")})
 
 
 def written(directory: Path) -> Path:
-    return Path(write_archive(str(directory), tree(), [Row(KEY, 5, b"source")], INFO))
+    with closing(Checkpoints(str(directory))) as checkpoints:
+        checkpoints.end_layer(100, 2560)
+        return Path(write_archive(str(directory), tree(), [ROW], checkpoints, INFO))
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -44,7 +55,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     archive = Archive.open(str(path))
     assert (archive.path, archive.info) == (str(path), INFO)
     table = archive.objects()
-    assert [table.row(index) for index in range(len(table))] == [Row(KEY, 5, b"source")]
+    assert [table.row(index) for index in range(len(table))] == [ROW]
     table.close()
 
 
@@ -89,6 +100,15 @@ def test_any_damage_is_noticed(tmp_path: Path) -> None:
         Archive.open(str(bad))
 
 
+def test_an_archive_of_an_earlier_version_is_called_one(tmp_path: Path) -> None:
+    good = written(tmp_path).read_bytes()
+    of_version_1 = tmp_path / "1"
+    body = good[:4096] + struct.pack("<8sI4xQQQQQ", b"AERIEIMG", 1, 4096, 4096, 0, 4096, 0)
+    of_version_1.write_bytes(body + hashlib.sha256(body).digest())
+    with pytest.raises(ArchiveInvalid, match="of version 1; this daemon reads version 2"):
+        Archive.open(str(of_version_1))
+
+
 def test_an_archive_is_replaced_while_it_is_mounted(tmp_path: Path) -> None:
     path = written(tmp_path)
     before = path.stat().st_ino
@@ -100,8 +120,8 @@ def test_an_archive_is_replaced_while_it_is_mounted(tmp_path: Path) -> None:
 
 def test_a_tree_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     root = Node(stat.S_IFDIR | 0o755, children={b"n" * 256: Node(stat.S_IFREG)})
-    with pytest.raises(ValueError, match="not a name"):
-        write_archive(str(tmp_path), root, [], INFO)
+    with closing(Checkpoints(str(tmp_path))) as checkpoints, pytest.raises(ValueError, match="not a name"):
+        write_archive(str(tmp_path), root, [], checkpoints, INFO)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,7 +22,7 @@ from actors.image.content import CHUNK_BYTES, Contents, LayerContent
 from actors.image.errors import ContentCorrupt, ImageError, LayerUnsafe, OverBounds, Unsupported
 from actors.image.layers import DEPTH_MAX, LayeredTree, is_whiteout
 from actors.image.manifests import Descriptor
-from actors.image.stream import BLOCK_SIZE, Budget, LayerStream, Verified, decompress
+from actors.image.stream import BLOCK_BYTES, Budget, LayerStream, Verified, decompress
 from actors.image.tar import EXTENDED_BYTES_MAX, Entry, entries
 from actors.lazytree.erofs import Node
 from actors.lazytree.objects import Objects
@@ -565,7 +565,7 @@ def test_nothing_partial_is_left_of_a_file_that_breaks_off(tmp_path: Path) -> No
 
 
 def unpacked(blob: bytes, pieces_of: int = 1000) -> bytes:
-    return b"".join(decompress(blob[at : at + pieces_of] for at in range(0, len(blob), pieces_of)))
+    return b"".join(decompress((blob[at : at + pieces_of] for at in range(0, len(blob), pieces_of)), lambda _: None))
 
 
 TEXT = b"some text that is long enough to be worth compressing. " * 2000
@@ -588,8 +588,8 @@ def test_plain_and_gzip_in_one_or_many_members_are_unpacked(pieces_of: int) -> N
 def test_blocks_are_bounded_however_much_a_piece_unpacks_to() -> None:
     bomb = gzip.compress(bytes(20 << 20))
     assert len(bomb) < 100_000
-    sizes = [len(block) for block in decompress(iter([bomb]))]
-    assert (max(sizes), sum(sizes)) == (BLOCK_SIZE, 20 << 20)
+    sizes = [len(block) for block in decompress(iter([bomb]), lambda _: None)]
+    assert (max(sizes), sum(sizes)) == (BLOCK_BYTES, 20 << 20)
 
 
 @pytest.mark.parametrize(
