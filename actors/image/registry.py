@@ -136,33 +136,41 @@ class Registry:
                 self._broken(host, error, patience)
 
     def read_range(self, digest: str, offset: int, length: int, *, timeout_s: float | None = None) -> bytes:
-        """`length` bytes of a blob from `offset`, NOT verified, within `timeout_s` if given.
+        """`length` bytes of a blob from `offset`, NOT verified, within `timeout_s` if given.  Raises as `stream_range`."""
+        return b"".join(self.stream_range(digest, offset, length, timeout_s=timeout_s))
 
-        Raises ImageError; ContentCorrupt when the blob is shorter.
+    def stream_range(
+        self, digest: str, offset: int, length: int, *, timeout_s: float | None = None
+    ) -> Generator[bytes, None, None]:
+        """`length` bytes of a blob from `offset`, NOT verified, in pieces of at most blobs.PIECE_BYTES.
+
+        A connection that breaks, stalls or straggles is made again from where it broke.  `timeout_s` is for all of it, from the first
+        piece's asking on.  Raises ImageError; ContentCorrupt when the blob is shorter.
         """
         patience = Patience(timeout_s)
-        data = bytearray()
-        while len(data) < length:
-            at = offset + len(data)
-            host, response = self._open(f"/blobs/{digest}", range_header(at, length - len(data)), patience)
-            had = len(data)
+        at, end = offset, offset + length
+        while at < end:
+            host, response = self._open(f"/blobs/{digest}", range_header(at, end - at), patience)
+            before = at
+            body = self._body(host, response, digest, at, patience)
             try:
-                body = self._body(host, response, digest, at, patience)
                 for piece in body:
-                    data += piece
+                    wanted = piece[: end - at]
+                    at += len(wanted)
                     patience.progressed()
-                    if len(data) > length or (len(data) == length and response.status == 200):
-                        body.close()  # a registry that knows no ranges sends all that follows
-                        break
+                    yield wanted
+                    if at == end and (response.status == 200 or len(wanted) < len(piece)):
+                        return  # a registry that knows no ranges sends all that follows
             except HTTPError as error:
                 self._broken(host, error, patience)
                 continue
+            finally:
+                body.close()
             there = content_range(response) if response.status == 206 else None
             # A part of what was asked for is an answer too (RFC 9110, 15.3.7): the rest is asked for next.
-            partial = len(data) > had and there is not None and there[1] is not None and there[1] >= offset + length
-            if len(data) < length and not partial:
-                raise ContentCorrupt(f"{self.reference}: the registry's copy of {digest} ends before byte {offset + length}")
-        return bytes(data[:length])
+            partial = at > before and there is not None and there[1] is not None and there[1] >= end
+            if at < end and not partial:
+                raise ContentCorrupt(f"{self.reference}: the registry's copy of {digest} ends before byte {end}")
 
     def distrust_mirrors(self) -> bool:
         """Ask the registry only from now on, since something was not what its digest says → False if no mirror was asked."""
