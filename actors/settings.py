@@ -76,6 +76,12 @@ class ImageSection(Section, frozen=True):
 class MountSection(Section, frozen=True):
     read_timeout_s: Annotated[float, Meta(ge=0.1, le=3600)] = 30
     ready_timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 60
+    sync_interval_s: Annotated[float, Meta(ge=0, le=86400)] = 5
+    entries_max: Annotated[int, Meta(ge=1, le=16_000_000)] = 1_000_000
+    # Walks are recursive, a few frames of Python's for each directory.
+    depth_max: Annotated[int, Meta(ge=1, le=250)] = 200
+    staged_bytes_max: Annotated[int, Meta(ge=MIB, le=1024 * TIB)] = TIB
+    small_bytes_max: Annotated[int, Meta(ge=0, le=TIB)] = 256 * MIB
 
 
 class SandboxSection(Section, frozen=True):

@@ -112,6 +112,7 @@ def refusal(line: int, task: str | None, error: str) -> dict[str, Any]:
         "sync": "none",
         "conflicts": [],
         "gaps": 0,
+        "skipped": [],
         "line": line,
     }
 

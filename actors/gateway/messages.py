@@ -96,6 +96,7 @@ class TaskResult(msgspec.Struct, frozen=True):
     failure: Failure | None = None  # state `failed` only: the command is not in the image, not executable, or anything else
     conflicts: list[str] = []  # paths in the workspace that were kept as NAME.aerie-conflict-TASK (the first 100)
     gaps: int = 0  # output gap records: places where output is known to be missing
+    skipped: list[str] = []  # what in the workspace never comes back (devices, pipes, sockets), and why (the first 100)
 
     @property
     def ended(self) -> bool:

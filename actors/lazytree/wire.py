@@ -8,7 +8,8 @@ from supervisor.frames import Message
 class ServeTree(Message, frozen=True):
     """The arguments of a server: what to serve, on a FUSE connection whose descriptor comes with them.
 
-    `table`: path of the object table.  `store`: where the tree's Source finds content (for a workspace the store's directory).
+    `table`: path of the object table.  `store`: where the tree's Source finds content (for a workspace the store's directory), and
+    `aside` where in it the versions lie that a sync put aside.
     `init_request`: the kernel's INIT, as `mounts.mount_fuse` returned it.  `replacement`: an earlier server of this connection has
     lived, and is certainly dead.  `read_timeout_s`: how long a read waits for content before it ends in EIO.  `uid`, `gid`: whom
     the server becomes when it has opened what it needs.
@@ -21,6 +22,7 @@ class ServeTree(Message, frozen=True):
     read_timeout_s: float = 30.0
     uid: int = 1000
     gid: int = 1000
+    aside: str = ""
 
 
 class Ready(Message, frozen=True):

@@ -14,10 +14,16 @@ its own work again.
     staging    an upper directory, read as the tree that the task sees
     steps      what a merge speaks of                merge      listing x staging x store -> steps; both pure
     journal    what a task's syncs have done so far; durable
+    changes    whether a staging directory has changed since the last one
     store      one directory store, looked at        publish    steps carried out in it
     copying    files copied while they are written   sync       the loop over all of these
     wire       messages of the syncer                process    the syncer: one for the node, many jobs at once
     source     the store as LAZY's source            serve      the LAZY server of a workspace
+
+**While the task runs** its workspace is synced every few seconds (`mount.sync_interval`), if staging has changed: what was written is
+published; what the task may still read from the store is not touched: removals, renames and changes of mode wait for the end, and a
+version that is replaced is put aside, as `.aerie-sync/TASK/was-INODE`, where LAZY finds it.  When the task has ended, all of it is
+synced before the result is reported.
 
 **What survives.**  In the task's directory: `listing` and the journal `synced`, with META and staging; in the store, under
 `.aerie-sync/`, a task's unfinished temporaries.  A restart of the process or the daemon needs nothing else: a job is sent again

@@ -1,12 +1,13 @@
 """The MountActor of one task: its workspace, from the store's listing to the last byte synced back.
 
-It decides when the mount is made, served, served again and removed.  The mount itself, the FUSE server and the connection's descriptor
-belong to the keeper and the kernel: this actor may be restarted at any moment and finds them again.
+It decides when the mount is made, served, served again, synced and removed.  The mount itself, the FUSE server and the
+connection's descriptor belong to the keeper and the kernel: this actor may be restarted at any moment and finds them again.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
+import time
 from typing import Any
 
 from loguru import logger
@@ -17,7 +18,9 @@ from actors.lazytree.served import LazyServer, Program
 from actors.lazytree.table import ObjectTable
 from actors.lazytree.wire import Progress, ReadFailed, Ready, ServeTree
 from actors.mount import messages, wire
-from actors.mount.syncer import keep_for_later
+from actors.mount.journal import staged
+from actors.mount.listing import private_directory
+from actors.mount.syncer import bounds, keep_for_later, remove_staging
 from actors.sandbox.messages import ReadFailed as TaskReadFailed
 from actors.services import SYNCER, Services, sandbox_name
 from supervisor.actor import Actor
@@ -26,10 +29,15 @@ from supervisor.frames import Codec, Message
 from supervisor.tree import System
 
 SERVER_SAYS = Codec(Ready, Progress, ReadFailed)
+SYNCING_SHARE_MAX = 0.05  # of the time may be spent on syncs of one running task
 
 
 class _NotReady(Message, frozen=True):
     """The time for a mount to be ready is over."""
+
+
+class _SyncNow(Message, frozen=True):
+    """It is time to bring what a running task wrote to its store."""
 
 
 class MountActor(Actor):
@@ -58,7 +66,7 @@ class MountActor(Actor):
         self._unmounting: list[Any] = []
         self._keep_staging = False
         self._asked: dict[int, str] = {}
-        self._timer: Any = None
+        self._sync_began_s = 0.0  # the last one of the running task
 
     def on_begin(self) -> None:
         """Find what an earlier incarnation left: a mount, its server, or nothing."""
@@ -68,6 +76,7 @@ class MountActor(Actor):
             self._workspace = mark.read_text()
         if self._mounted:
             self._server.adopt()
+            self._sync_later(0.0)
 
     def on_end(self, reason: object) -> None:
         self._server.let_go()
@@ -85,10 +94,7 @@ class MountActor(Actor):
             case Answer(number, value) if number in self._asked:
                 self._syncer_answered(self._asked.pop(number), value)
             case Refused(number, error) if number in self._asked:
-                if self._asked.pop(number) == "index":
-                    self._failed(error)
-                else:
-                    self._synced("sync_failed", [], error)
+                self._syncer_answered(self._asked.pop(number), wire.JobFailed("", error))
             case Worked("mount", greeted):
                 self._is_mounted()
                 if greeted:
@@ -108,6 +114,8 @@ class MountActor(Actor):
                 self._server.want(True)
             case _NotReady() if self._mounting:
                 self._failed(f"the workspace was not ready within {self._services.settings.mount.ready_timeout_s:g} s")
+            case _SyncNow():
+                self._sync_running()
             case _:
                 self._from_server(message)
         return None
@@ -125,10 +133,15 @@ class MountActor(Actor):
             self._layout.workspace_home.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self._layout.workspace_home / "name").write_text(workspace)
             job = wire.IndexWorkspace(
-                f"index {self._task}", self._store, str(self._layout.workspace_home), settings.image.cache_dir
+                f"index {self._task}",
+                self._store,
+                str(self._layout.workspace_home),
+                settings.image.cache_dir,
+                bounds(settings),
+                settings.mount.small_bytes_max,
             )
             self._asked[self.request(SYNCER, job)] = "index"
-            self._timer = self.after(settings.mount.ready_timeout_s, _NotReady())
+            self.after(settings.mount.ready_timeout_s, _NotReady())
         return reply
 
     @property
@@ -136,19 +149,24 @@ class MountActor(Actor):
         return str(self._services.layout.workspaces / self._workspace)
 
     def _syncer_answered(self, what: str, value: Any) -> None:
-        match value:
-            case wire.Indexed(objects=0):
-                self._put_together()
-            case wire.Indexed(missing=0):
-                self.work("mount", self._mount_unserved)
-            case wire.Indexed():
-                self.work("open", self._server.open)
-            case wire.Synced():
-                self._synced(value.outcome, value.conflicts, value.error or None)
-            case wire.JobFailed(_, error) if what == "index":
+        match what, value:
+            case "index", wire.Indexed():
+                for text in value.skipped:
+                    logger.warning("not in the workspace of {}: {}", self._task, text)
+                if not value.objects:
+                    self._put_together()
+                elif not value.missing:
+                    self.work("mount", self._mount_unserved)
+                else:
+                    self.work("open", self._server.open)
+            case "index", wire.JobFailed(_, error):
                 self._failed(error)
-            case wire.JobFailed(_, error):
-                self._synced("sync_failed", [], error)
+            case "sync", wire.Synced():
+                self._synced(messages.WorkspaceSynced(value.outcome, value.conflicts, value.error or None, value.skipped))
+            case "sync", wire.JobFailed(_, error):
+                self._synced(messages.WorkspaceSynced("sync_failed", [], error))
+            case "sync running", _:
+                self._synced_running(value.error)
 
     def _order(self, init_request: bytes, replacement: bool) -> ServeTree:
         settings = self._services.settings
@@ -160,6 +178,7 @@ class MountActor(Actor):
             read_timeout_s=settings.mount.read_timeout_s,
             uid=settings.sandbox.uid,
             gid=settings.sandbox.gid,
+            aside=os.fsdecode(private_directory(self._task)),
         )
 
     def _from_server(self, message: Any) -> None:
@@ -216,6 +235,8 @@ class MountActor(Actor):
         self._answer(self._mounting, messages.WorkspaceMounted(str(self._layout.workspace)))
         if self._unmounting:
             self._release()
+        else:
+            self._sync_later(0.0)
 
     def _failed(self, error: str) -> None:
         """The mount could not be made: whoever waits is told, and nothing of it stays."""
@@ -223,7 +244,9 @@ class MountActor(Actor):
         for reply in waiting:
             reply.set_exception(OSError(error))
         self._server.abort()  # frees who waits for a server in the kernel, our own worker thread included
-        self._keep_staging = False
+        self._keep_staging = staged(str(self._layout.workspace_home))
+        if self._keep_staging:
+            keep_for_later(self._layout.workspace_home, self._store)
         self._release()
 
     # --- the way back ---
@@ -232,15 +255,36 @@ class MountActor(Actor):
         reply = self.deferred()
         self._syncing.append(reply)
         if len(self._syncing) == 1:
-            home = str(self._layout.workspace_home)
-            job = wire.SyncWorkspace(f"sync {self._task}", self._task, self._store, home)
-            self._asked[self.request(SYNCER, job)] = "sync"
+            self._ask_to_sync("sync", running=False)
         return reply
 
-    def _synced(self, outcome: str, conflicts: list[str], error: str | None) -> None:
-        if outcome == "sync_failed":
+    def _ask_to_sync(self, what: str, running: bool) -> None:
+        home = str(self._layout.workspace_home)
+        job = wire.SyncWorkspace(
+            f"{what} {self._task}", self._task, self._store, home, running, bounds(self._services.settings)
+        )
+        self._asked[self.request(SYNCER, job)] = what
+
+    def _synced(self, answer: messages.WorkspaceSynced) -> None:
+        if answer.outcome == "sync_failed":
             keep_for_later(self._layout.workspace_home, self._store)
-        self._answer(self._syncing, messages.WorkspaceSynced(outcome, conflicts, error))
+        self._answer(self._syncing, answer)
+
+    def _sync_later(self, took_s: float) -> None:
+        """Sync the running task's workspace again, the later the longer the last time `took_s`."""
+        interval_s = self._services.settings.mount.sync_interval_s
+        if interval_s:
+            self.after(max(interval_s, took_s / SYNCING_SHARE_MAX), _SyncNow())
+
+    def _sync_running(self) -> None:
+        if self._mounted and not self._syncing and not self._releasing:
+            self._sync_began_s = time.monotonic()
+            self._ask_to_sync("sync running", running=True)
+
+    def _synced_running(self, error: str) -> None:
+        if error:  # what counts is the sync at the end
+            logger.warning("what task {} wrote so far could not be brought to its store: {}", self._task, error)
+        self._sync_later(time.monotonic() - self._sync_began_s)
 
     # --- the end ---
 
@@ -274,10 +318,10 @@ class MountActor(Actor):
 
 
 def unmount_tree(services: Services, task: str, keep_staging: bool) -> None:
-    """Remove whatever of a task's workspace is there.  Raises OSError."""
+    """Remove whatever of a task's workspace is there.  Waits for a sync that is under way.  Raises OSError."""
     layout = services.layout.task(task)
     for target in (layout.workspace, layout.workspace_meta, layout.workspace_lazy):
         mounts.unmount(str(target), lazily=True)
     if not keep_staging:
-        shutil.rmtree(layout.workspace_home, ignore_errors=True)
+        remove_staging(layout.workspace_home)
     layout.remove_mount_points(layout.workspace, layout.workspace_meta, layout.workspace_lazy)

@@ -6,9 +6,12 @@ import ctypes
 import errno
 import os
 import stat
+import time
 
 ATTEMPTS = 3
 PIECE_BYTES = 1 << 20
+
+_CLOCK_REALTIME_COARSE = 5  # <linux/time.h>; the time module has no name for it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
@@ -20,10 +23,11 @@ class FileChanged(Exception):
     """The file does not hold still, or is not one whose content is in it."""
 
 
-def copy_settled(source: int, target: int) -> os.stat_result:
+def copy_settled(source: int, target: int, writers: bool = False) -> os.stat_result:
     """Copy an open file into an empty one; the status returned is that of the source at a moment whose bytes the copy has.
 
-    Holes stay holes, and the copy is on its way to the disk (a later fsync has less to wait for).  Raises FileChanged, OSError.
+    `writers`: somebody may go on writing to it, and whoever has the status must see by it that they did.  Holes stay holes, and the
+    copy is on its way to the disk (a later fsync has less to wait for).  Raises FileChanged, OSError.
     """
     for _ in range(ATTEMPTS):
         # A page that is mapped, dirty and writable is written to without the inode's times moving.  Written back it is
@@ -32,6 +36,8 @@ def copy_settled(source: int, target: int) -> os.stat_result:
         before = os.fstat(source)
         if not stat.S_ISREG(before.st_mode) or "trusted.overlay.metacopy" in os.listxattr(source):
             raise FileChanged
+        if writers:
+            _wait_until_past(before.st_ctime_ns)
         os.ftruncate(target, 0)
         os.ftruncate(target, before.st_size)
         complete = _copy_data(source, target, before.st_size)
@@ -44,6 +50,19 @@ def copy_settled(source: int, target: int) -> os.stat_result:
             _write_back(target, _WRITE)
             return before
     raise FileChanged
+
+
+def _wait_until_past(ctime_ns: int) -> None:
+    """Wait until a write would give the file another change time than this.
+
+    Before Linux 6.13 times are those of the last tick of a clock: a write that comes in the same tick as the one before, and after the
+    copy, could not be told by them.
+    """
+    tick_s = time.clock_getres(_CLOCK_REALTIME_COARSE)
+    for _ in range(3):  # were the time from the future (a clock set back), waiting would be in vain
+        if time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) > ctime_ns:
+            break
+        time.sleep(tick_s)
 
 
 def equal(one: int, other: int) -> bool:

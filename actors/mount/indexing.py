@@ -21,6 +21,7 @@ import msgspec
 from actors.lazytree import erofs
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import ObjectTable, Row, write_table
+from actors.mount.journal import staged
 from actors.mount.listing import TASK_GID, TASK_UID, Bounds, Found, Listing, list_store, open_beneath, open_store, write_listing
 from actors.mount.source import StoredFile
 
@@ -70,6 +71,10 @@ class _Files:
                 os.close(descriptor)
 
 
+class StagedChanges(Exception):
+    """The directory has what a task changed, which belongs to the listing that is there, and to no other."""
+
+
 class Indexer:
     """Indexes stores, from any thread."""
 
@@ -84,8 +89,10 @@ class Indexer:
 
         Files of at most 64 KiB are copied to OBJECTS, for overlayfs binds an inode to the layer that has its object at first
         open; at most `small_bytes_max` in all, and for no longer than `small_s`: what remains is read when it is wanted, and
-        the next time goes on from there.  Raises OSError, TreeTooLarge.
+        the next time goes on from there.  Raises OSError, TreeTooLarge, StagedChanges.
         """
+        if staged(directory):
+            raise StagedChanges(f"{directory}: a task has changed this workspace, and its changes are not in the store yet")
         root = open_store(store)
         try:
             listing = list_store(root, bounds)

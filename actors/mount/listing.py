@@ -17,6 +17,7 @@ import msgspec
 
 LISTING = "listing"  # in the task's directory
 RESERVED = b".aerie-sync"  # in a store's root: the syncer's own, in no listing
+ASIDE = b"was-"  # what the names begin with of what a sync has put aside
 TASK_UID = TASK_GID = 1000
 PATH_BYTES_MAX = 4000  # the kernel takes 4095, and a conflict copy's name is longer
 
@@ -111,6 +112,16 @@ def open_beneath(directory: int, path: bytes, flags: int) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), os.fsdecode(path))
     return descriptor
+
+
+def private_directory(task: str) -> bytes:
+    """The path of the task's own directory in a store: what its syncs have not published yet, or have put aside."""
+    return RESERVED + b"/" + os.fsencode(task)
+
+
+def aside_name(inode: int) -> bytes:
+    """What the store's file with that inode is called in its task's private directory, when a sync has put another in its place."""
+    return ASIDE + b"%d" % inode
 
 
 def open_store(path: str) -> int:

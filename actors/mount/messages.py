@@ -26,11 +26,14 @@ class SyncWorkspace(Message, frozen=True):
 
 
 class WorkspaceSynced(Message, frozen=True):
-    """`outcome`: synced, conflict or sync_failed.  `conflicts`: paths kept beside the store's own.  `error`: why it failed."""
+    """`outcome`: synced, conflict or sync_failed.  `conflicts`: paths kept beside the store's own.  `error`: why it failed.
+    `skipped`: what is never brought back (devices, pipes, sockets), and why.
+    """
 
     outcome: str
     conflicts: list[str]
     error: str | None
+    skipped: list[str] = []
 
 
 class UnmountWorkspace(Message, frozen=True):

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.lazytree.objects import Objects
-from actors.mount.indexing import Indexer
+from actors.mount.changes import Changes
+from actors.mount.indexing import Indexer, StagedChanges
 from actors.mount.listing import TreeTooLarge, make_listing_durable
-from actors.mount.sync import sync
+from actors.mount.staging import UPPER
+from actors.mount.sync import SYNCED, sync
 from actors.mount.wire import (
     JOBS,
     TEXT_BYTES_MAX,
@@ -36,7 +38,8 @@ from supervisor.frames import Codec, Message
 from supervisor.lockfile import LockFile
 
 HEARTBEAT_S = 1.0
-INDEXING_MAX, SYNCING_MAX = 2, 4  # jobs at once; a listing never waits for an upload
+# Jobs at once.  A listing never waits for an upload, nor a task that has ended for one that runs.
+INDEXING_MAX, SYNCING_MAX, SYNCING_RUNNING_MAX = 2, 4, 2
 
 _libc = ctypes.CDLL(None)
 _M_ARENA_MAX = -8  # mallopt(3)
@@ -54,17 +57,21 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     _libc.mallopt(_M_ARENA_MAX, 1)  # an arena to each thread would keep three times as much from being given back
     channel = Channel(end, JOBS)
     indexing = _Workers(channel, INDEXING_MAX, partial(_index, Indexer()))
-    syncing = _Workers(channel, SYNCING_MAX, _sync)
+    changes = Changes()
+    syncing = _Workers(channel, SYNCING_MAX, partial(_sync, changes))
+    syncing_running = _Workers(channel, SYNCING_RUNNING_MAX, partial(_sync_running, changes))
+    everybody = (indexing, syncing, syncing_running)
     beat_s = time.monotonic()
     while True:
         try:
             job, came = channel.receive(max(0.0, beat_s - time.monotonic()))
             for descriptor in came:
                 os.close(descriptor)
-            (indexing if isinstance(job, IndexWorkspace) else syncing).jobs.put(job)
+            who = indexing if isinstance(job, IndexWorkspace) else syncing_running if job.running else syncing
+            who.jobs.put(job)
         except ChannelTimeout:
             beat_s = time.monotonic() + HEARTBEAT_S
-            beat = Progress(indexing.running + syncing.running, indexing.jobs.qsize() + syncing.jobs.qsize())
+            beat = Progress(sum(who.running for who in everybody), sum(who.jobs.qsize() for who in everybody))
             try:
                 channel.send(beat, timeout_s=0)
             except ChannelTimeout:
@@ -78,7 +85,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
 class _Workers:
     """Threads that do jobs and send the answers.  They are no reason for the process to stay."""
 
-    def __init__(self, channel: Channel, count: int, work: Callable[[Any, Callable[[Message], None]], None]) -> None:
+    def __init__(self, channel: Channel, count: int, work: Callable[[Any, Callable[[Message], None]], object]) -> None:
         self.jobs: queue.SimpleQueue[IndexWorkspace | SyncWorkspace] = queue.SimpleQueue()
         self.running = 0
         self._channel = channel
@@ -114,7 +121,7 @@ def _index(indexer: Indexer, job: IndexWorkspace, send: Callable[[Message], None
     with closing(Objects(job.objects_dir)) as objects:
         try:
             listed = indexer.index(job.store, job.directory, objects, job.bounds, job.small_bytes_max, job.small_s)
-        except (OSError, TreeTooLarge) as error:
+        except (OSError, TreeTooLarge, StagedChanges) as error:
             send(JobFailed(job.job, str(error)))
             return
     skipped, skipped_count = _shown(f"{_readable(path)}: {reason}" for path, reason in listed.skipped)
@@ -123,7 +130,24 @@ def _index(indexer: Indexer, job: IndexWorkspace, send: Callable[[Message], None
         make_listing_durable(job.directory)  # nobody needs to wait for it: staging is empty still
 
 
-def _sync(job: SyncWorkspace, send: Callable[[Message], None]) -> None:
+def _sync_running(changes: Changes, job: SyncWorkspace, send: Callable[[Message], None]) -> None:
+    """Sync the workspace of a task that goes on, if something has changed in it."""
+    upper = os.path.join(job.directory, UPPER)
+    try:
+        found = changes.look(upper, job.bounds)
+    except (OSError, TreeTooLarge):
+        found = b""  # it changes just now, or the sync will say what is wrong with it
+    if found is None:
+        send(Synced(job.job, SYNCED, [], 0, [], 0, "", 0, 0))
+        return
+    if _sync(None, job, send) and found:
+        changes.synced(upper, found)
+
+
+def _sync(changes: Changes | None, job: SyncWorkspace, send: Callable[[Message], None]) -> bool:
+    """Sync a workspace; whether nothing is left to do.  `changes` may forget it then."""
+    if changes is not None:
+        changes.forget(os.path.join(job.directory, UPPER))
     done = sync(job.store, job.directory, job.task, job.bounds, job.running)
     conflicts, conflicts_count = _shown(
         f"{_readable(conflict.path)}{f' (now {_readable(conflict.beside)})' if conflict.beside else ''}: {conflict.reason}"
@@ -141,8 +165,10 @@ def _sync(job: SyncWorkspace, send: Callable[[Message], None]) -> None:
             done.error,
             done.files,
             done.written_bytes,
+            done.settled,
         )
     )
+    return done.settled
 
 
 def _readable(path: bytes) -> str:

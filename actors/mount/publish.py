@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actors.mount.copying import FileChanged, copy_settled
@@ -38,11 +39,16 @@ class Prepared:
 
 
 class Publisher:
-    """Carries out one sync's steps in `store`; `upper` is a descriptor of the staging directory.  Raises OSError everywhere."""
+    """Carries out one sync's steps in `store`; `upper` is a descriptor of the staging directory.
 
-    def __init__(self, store: Store, upper: int) -> None:
+    `listing`: of a task that goes on, which may still read from the store what it lists; None: it has ended.  Raises OSError
+    everywhere.
+    """
+
+    def __init__(self, store: Store, upper: int, listing: Mapping[bytes, Entry] | None = None) -> None:
         self._store = store
         self._upper = upper
+        self._listing = listing
         self._linked: dict[tuple[int, int], tuple[bytes, Entry]] = {}  # staged (inode, ctime) of several names: its copy
         self._unsynced: set[bytes] = set()
         self._unsynced_files: list[int] = []
@@ -165,7 +171,11 @@ class Publisher:
         if len(self._unsynced_files) >= FILES_OPEN_MAX:
             self.sync_prepared()
         self._unsynced_files.append(copy)
-        status = copy_settled(source, copy)
+        try:
+            status = copy_settled(source, copy, writers=self._listing is not None)
+        except FileChanged:
+            os.unlink(name, dir_fd=directory)  # it may be large, and the next sync far
+            raise
         os.fchown(copy, TASK_UID, TASK_GID)
         os.fchmod(copy, stat.S_IMODE(mode))
         mtime_ns = status.st_mtime_ns if mtime_ns is None else mtime_ns
@@ -208,7 +218,12 @@ class Publisher:
         with self._store.open_parent(self._store.private + b"/" + prepared.temporary) as (private, temporary):
             if prepared.describe and os.stat(temporary, dir_fd=private, follow_symlinks=False).st_nlink > 1:
                 return False  # the old name did not go
-            _rename(private, temporary, directory, name, replace=prepared.step.expected is not None)
+            replaced = prepared.step.expected
+            if self._listing is not None and replaced is not None and replaced.content is not None:
+                listed = self._listing.get(prepared.step.where)
+                if listed is not None and listed.content == replaced.content:
+                    self._store.put_aside(directory, name, replaced.content)
+            _rename(private, temporary, directory, name, replace=replaced is not None)
         if prepared.wanted is not None and prepared.wanted.content is not None:
             inode, _, ctime_ns = prepared.wanted.content
             linked, copied = self._linked.get((inode, ctime_ns), (b"", None))

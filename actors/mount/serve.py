@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 from actors.lazytree.server import drop_privileges, serve_tree
@@ -20,6 +21,6 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         table = ObjectTable(order.table)
     except FileNotFoundError:
         raise SystemExit(f"{order.table} is gone, and the task with it") from None
-    source = DirectorySource(order.store)
+    source = DirectorySource(order.store, os.fsencode(order.aside))
     drop_privileges(order.uid, order.gid)
     serve_tree(Channel(end, Codec(Ready, Progress, ReadFailed)), fuse_descriptor, order, table, source)

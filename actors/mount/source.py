@@ -1,9 +1,10 @@
 """A workspace's store, a directory, as the Source of its LAZY layer: exactly the version that was listed when the task began.
 
-Others may change the store meanwhile, and nothing about it can be believed: links where directories were, FIFOs where files were.  Each
-component is opened by the descriptor of the one before, without following links and without waiting, and a file's content is
-given out only when its inode, size and modification time are the listed ones before the read *and* after it.  (What a writer changes
-through a shared memory mapping without moving the time cannot be seen by anybody.)
+Others may change the store meanwhile, and so may a sync of this very task, which puts the version that was listed aside: somebody in
+the task may have opened the file before it was written to.  Nothing about the store can be believed: links where directories were,
+FIFOs where files were.  Each component is opened by the descriptor of the one before, without following links and without waiting,
+and a file's content is given out only when its inode, size and modification time are the listed ones before the read *and* after it.
+(What a writer changes through a shared memory mapping without moving the time cannot be seen by anybody.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import trio
 
 from actors.lazytree.server import SourceError
 from actors.lazytree.table import Row
+from actors.mount.listing import aside_name
 
 KEPT_OPEN_MAX = 64
 THREADS_MAX = 24  # each may hold one read's bytes (1 MiB)
@@ -50,9 +52,12 @@ class _Open:
 
 
 class DirectorySource:
-    """The store at `path`, opened once: nothing but descriptors is used afterwards.  Raises OSError."""
+    """The store at `path`, opened once: nothing but descriptors is used afterwards.  `aside`: the task's private directory in it, if
+    it has one.  Raises OSError.
+    """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, aside: bytes = b"") -> None:
+        self._aside = aside
         self._store = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._decoder = msgspec.msgpack.Decoder(StoredFile)
         self._limiter = trio.CapacityLimiter(THREADS_MAX)
@@ -83,17 +88,29 @@ class DirectorySource:
             if index in self._kept:
                 self._kept.move_to_end(index)
                 return self._kept[index]
-        try:
-            file = _Open(self._open(stored.path))  # without the lock: a store may be slow, others need not wait for it
-        except OSError as error:
-            if error.errno not in _NOT_THE_FILE:
-                raise
-            raise SourceError(f"{_readable(stored.path)}: {_CHANGED}") from None
+        file = self._found(stored)  # without the lock: a store may be slow, others need not wait for it
         with self._lock:
             self._kept[index] = file
             if len(self._kept) > KEPT_OPEN_MAX:
                 self._kept.popitem(last=False)
         return file
+
+    def _found(self, stored: StoredFile) -> _Open:
+        """The version listed: where it was, or put aside."""
+        file = self._open_if_there(stored.path, _NOT_THE_FILE)
+        if self._aside and (file is None or not _is(file, stored)):
+            file = self._open_if_there(self._aside + b"/" + aside_name(stored.inode), (*_NOT_THE_FILE, errno.EACCES))
+        if file is None:
+            raise SourceError(f"{_readable(stored.path)}: {_CHANGED}")
+        return file
+
+    def _open_if_there(self, path: bytes, absent: tuple[int, ...]) -> _Open | None:
+        try:
+            return _Open(self._open(path))
+        except OSError as error:
+            if error.errno not in absent:
+                raise
+            return None
 
     def _open(self, path: bytes) -> int:
         directory = self._store
@@ -110,11 +127,15 @@ class DirectorySource:
                 os.close(directory)
 
 
-def _check(file: _Open, stored: StoredFile) -> None:
-    """Raise SourceError unless the open file is the version listed."""
+def _is(file: _Open, stored: StoredFile) -> bool:
+    """Whether the open file is the version listed."""
     status = os.fstat(file.descriptor)
     seen = (stat.S_ISREG(status.st_mode), status.st_ino, status.st_size, status.st_mtime_ns)
-    if seen != (True, stored.inode, stored.size, stored.mtime_ns):
+    return seen == (True, stored.inode, stored.size, stored.mtime_ns)
+
+
+def _check(file: _Open, stored: StoredFile) -> None:
+    if not _is(file, stored):
         raise SourceError(f"{_readable(stored.path)}: {_CHANGED}")
 
 

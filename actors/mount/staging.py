@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 
 from actors.mount.listing import PATH_BYTES_MAX, RESERVED, Bounds, Entry, TreeTooLarge
 
+UPPER = "upper"  # in the task's directory
 _PREFIX = "trusted.overlay."
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -1,7 +1,8 @@
 """One directory store, for one task's sync: looking at it, and the private names in it.
 
 Every path goes through openat2(2) from the store's descriptor: no symbolic link leads out of it.  `.aerie-sync/TASK/` in its
-root is this task's own, for what is to be published: on the store's file system by that, and to be renamed into place.
+root is this task's own, for what is to be published: on the store's file system by that, and to be renamed into place; and for
+versions put aside, which the task's LAZY server, as its user, opens by their names.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ import stat
 from collections.abc import Iterator
 
 from actors.mount.copying import equal
-from actors.mount.listing import RESERVED, Entry, Version, entry_of, open_beneath, open_store
+from actors.mount.listing import (
+    ASIDE,
+    RESERVED,
+    Entry,
+    Version,
+    aside_name,
+    entry_of,
+    open_beneath,
+    open_store,
+    private_directory,
+)
 from actors.mount.staging import parent
 from actors.mount.steps import is_directory
 
@@ -34,9 +45,9 @@ class Store:
     def __init__(self, path: str, task: str, upper: int) -> None:
         self._upper = upper
         self.root = open_store(path)
-        self.private = RESERVED + b"/" + os.fsencode(task)
+        self.private = private_directory(task)
         self._task = os.fsencode(task)
-        self._token = os.urandom(4).hex()
+        self._token = os.urandom(8).hex()
         self._numbers = 0
         self._seen: dict[bytes, Entry | None] = {}
 
@@ -113,11 +124,13 @@ class Store:
     # Private names
 
     def recover(self) -> dict[Version, bytes]:
-        """Remove what an earlier sync of this task left behind, but for links: each may be the last name of a file that is
-        still to be renamed.  Returns those, by version.
+        """Remove what an earlier sync of this task left behind, but for what was put aside, and links: each may be the last
+        name of a file that is still to be renamed.  Returns those, by version.
         """
         spares = {}
         for path in self.children(self.private):
+            if path.rpartition(b"/")[2].startswith(ASIDE):
+                continue
             entry = self.look(path)
             if entry is not None and entry.content is not None and path.rpartition(b"/")[2].startswith(b"link"):
                 spares[entry.content] = path
@@ -157,13 +170,14 @@ class Store:
         directory = self.root
         for name in (RESERVED, self._task):
             with contextlib.suppress(FileExistsError):
-                os.mkdir(name, 0o700, dir_fd=directory)
+                os.mkdir(name, 0o711, dir_fd=directory)
             below = open_beneath(directory, name, DIRECTORY)
             if directory != self.root:
                 os.close(directory)
             directory = below
-            # Whoever else may write to the store must not write here: what lies here is published as it is.
-            os.fchmod(directory, 0o700)
+            # Whoever else may write to the store must not write here: what lies here is published as it is.  Names that are to
+            # be published nobody can guess.
+            os.fchmod(directory, 0o711)
             os.fchown(directory, os.geteuid(), os.getegid())
         return directory
 
@@ -178,6 +192,18 @@ class Store:
             yield directory, f"{kind}-{self._token}-{self._numbers}".encode()
         finally:
             os.close(directory)
+
+    def put_aside(self, directory: int, name: bytes, content: Version) -> None:
+        """Give the file that has this content, at `name` in an open directory, a private name besides: the task may still read it."""
+        private = self._make_private()
+        aside = aside_name(content[0])
+        try:
+            with contextlib.suppress(
+                FileExistsError
+            ):  # by an earlier sync: the inode is never another's while it has that name
+                os.link(name, aside, src_dir_fd=directory, dst_dir_fd=private, follow_symlinks=False)
+        finally:
+            os.close(private)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -28,10 +28,10 @@ from actors.mount.publish import Publisher
 from actors.mount.steps import Action, Conflict, Known, Plan, Step
 from actors.mount.store import Store
 
-UPPER = "upper"  # in the task's directory
 BATCH_STEPS_MAX = 256
 BATCH_BYTES_MAX = 64 << 20
 ROUNDS_MAX = 10
+ROUNDS_RUNNING_MAX = 2  # there will be another sync
 MOVES_MAX = 1000  # directories renamed as a whole: each is looked at again for every later one
 
 SYNCED, CONFLICT, SYNC_FAILED = "synced", "conflict", "sync_failed"
@@ -39,7 +39,7 @@ SYNCED, CONFLICT, SYNC_FAILED = "synced", "conflict", "sync_failed"
 
 @dataclass
 class Outcome:
-    """How a sync ended; `error` says why when it failed."""
+    """How a sync ended; `error` says why when it failed.  `settled`: nothing was left that the next one could do."""
 
     outcome: str = SYNCED
     conflicts: list[Conflict] = field(default_factory=list)
@@ -47,6 +47,7 @@ class Outcome:
     error: str = ""
     files: int = 0
     written_bytes: int = 0
+    settled: bool = False
 
 
 class NotSettling(Exception):
@@ -58,14 +59,16 @@ def sync(store: str, directory: str, task: str, bounds: Bounds, running: bool = 
     outcome = Outcome()
     try:
         with ExitStack() as closing_all:
-            upper = os.open(os.path.join(directory, UPPER), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            upper = os.open(os.path.join(directory, staging.UPPER), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             closing_all.callback(os.close, upper)
             if not os.listdir(upper) and not os.path.exists(os.path.join(directory, JOURNAL)):
+                outcome.settled = True
                 return outcome
             journal = closing_all.enter_context(closing(Journal(directory)))
             opened = closing_all.enter_context(closing(Store(store, task, upper)))
-            publisher = closing_all.enter_context(closing(Publisher(opened, upper)))
-            _Sync(read_listing(directory), journal, opened, publisher, upper, task, bounds, running, outcome).run()
+            listing = read_listing(directory)
+            publisher = closing_all.enter_context(closing(Publisher(opened, upper, listing if running else None)))
+            _Sync(listing, journal, opened, publisher, upper, task, bounds, running, outcome).run()
     except (OSError, TreeTooLarge, NotSettling, msgspec.MsgspecError) as error:
         outcome.outcome, outcome.error = SYNC_FAILED, str(error)
     return outcome
@@ -86,8 +89,9 @@ class _Sync:
     def run(self) -> None:
         self.known = Known.listed(self.listing)
         self.replay()
-        for _ in range(ROUNDS_MAX):
-            if self.round():
+        for _ in range(ROUNDS_RUNNING_MAX if self.running else ROUNDS_MAX):
+            self.outcome.settled = self.round()
+            if self.outcome.settled:
                 break
         else:
             if not self.running:
@@ -110,6 +114,7 @@ class _Sync:
                 results = [result for result in intent.results if self.store.look(result.where) == result.reached]
                 moves = [move for move in intent.moves if self.store.directory_inode(move.new) == move.inode]
             self.settle(intent, results, moves)
+        self.journal.compact(self.listing, self.known)
 
     def round(self) -> bool:
         """Read, decide and carry out once; False when something was not as it had been decided on."""

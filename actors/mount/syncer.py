@@ -1,19 +1,24 @@
 """The actor of the node's one syncer process: hands it jobs, and hands them to its successor when it dies.
 
-A workspace whose sync failed keeps its staging directory, and is tried again here every RETRY_S until it succeeds; also after
-a restart of the daemon, for the directory itself says that it is not done.
+A workspace whose sync failed keeps its staging directory, and is tried again here, at the start and every RETRY_S, until it succeeds,
+and the directory goes; also after a restart of the daemon, for the directory itself says that it is not done.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
 from actors.mount import wire
+from actors.mount.journal import no_more_syncs
+from actors.mount.listing import Bounds
 from actors.services import SYNCER, Services
+from actors.settings import Settings
 from supervisor.actor import Actor
+from supervisor.answers import Worked, WorkFailed
 from supervisor.frames import Message
 from supervisor.isolation import Process
 from supervisor.lockfile import evict
@@ -22,6 +27,7 @@ from supervisor.tree import System
 from supervisor.worker import Ended, Said, Started, Worker
 
 RETRY_S = 60.0
+AGAIN = "again "  # what the names of jobs of `unfinished` workspaces begin with
 RESTART_S = 0.2  # after a syncer that could not do without dying
 
 
@@ -44,7 +50,7 @@ class SyncerActor(Actor):
 
     def on_begin(self) -> None:
         self._worker.start(self._make)
-        self.after(RETRY_S, _Retry())
+        self.mailbox(_Retry())
 
     def on_end(self, reason: object) -> None:
         self._worker.let_go()
@@ -60,15 +66,23 @@ class SyncerActor(Actor):
             case _StartAgain():
                 self._worker.start(self._make)
                 return None
+            case Worked("remove", task):
+                logger.info("what task {} wrote is in its store now", task)
+                return None
+            case WorkFailed("remove", error):
+                logger.error("what a task wrote is in its store, but could not be removed from its directory: {}", error)
+                return None
         match self._worker.take(message):
             case Started():
                 self._services.processes.put(self.name, ProcessRow(SYNCER, self._worker.pid or 0, self._worker.restarts))
                 for job, _ in self._jobs.values():
                     self._worker.send(job)
             case Said(_, _, wire.Indexed() | wire.Synced() | wire.JobFailed() as answer):
-                _, waiting = self._jobs.pop(answer.job, (None, []))
+                done, waiting = self._jobs.pop(answer.job, (None, []))
                 for reply in waiting:
                     reply.set(answer)
+                if isinstance(done, wire.SyncWorkspace) and answer.job.startswith(AGAIN):
+                    self._tried_again(done, answer)
             case Ended(_, _, how):
                 logger.warning("the syncer has ended ({}); its {} jobs go to another one", how, len(self._jobs))
                 self._services.processes.remove(self.name, SYNCER)
@@ -91,6 +105,15 @@ class SyncerActor(Actor):
                 self._jobs[job.job] = (job, [])
                 self._worker.send(job)
 
+    def _tried_again(self, job: wire.SyncWorkspace, answer: Message) -> None:
+        if isinstance(answer, wire.Synced) and answer.outcome != "sync_failed":
+            self.work("remove", self._remove, job)
+
+    @staticmethod
+    def _remove(job: wire.SyncWorkspace) -> str:
+        remove_staging(Path(job.directory))
+        return job.task
+
     def _make(self) -> Process:
         lock = self._services.layout.run / "syncer.lock"
         evict(lock)
@@ -107,6 +130,24 @@ def unfinished(services: Services) -> list[wire.SyncWorkspace]:
     """Jobs for the workspaces whose last sync failed."""
     homes = (services.layout.state / "tasks").glob("*/workspace/unsynced")
     return [
-        wire.SyncWorkspace(f"again {mark.parent.parent.name}", mark.parent.parent.name, mark.read_text(), str(mark.parent))
+        wire.SyncWorkspace(
+            AGAIN + mark.parent.parent.name,
+            mark.parent.parent.name,
+            mark.read_text(),
+            str(mark.parent),
+            bounds=bounds(services.settings),
+        )
         for mark in homes
     ]
+
+
+def remove_staging(home: Path) -> None:
+    """Remove a workspace's directory, when no sync is at work on it.  Blocks.  Raises OSError."""
+    with no_more_syncs(str(home)):
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def bounds(settings: Settings) -> Bounds:
+    """On every workspace of the node."""
+    mount = settings.mount
+    return Bounds(mount.entries_max, mount.depth_max, mount.staged_bytes_max)

@@ -51,7 +51,8 @@ class Indexed(Message, frozen=True):
 class SyncWorkspace(Message, frozen=True):
     """Merge the staging directory `directory`/upper, of a workspace indexed there, into `store`.
 
-    `running`: the task goes on, and a sync after its end will follow; what it may still read from the store is left alone.
+    `running`: the task goes on, and a sync after its end will follow; what it may still read from the store is left alone, and
+    nothing is done when nothing has changed since the one before.
     """
 
     job: str
@@ -66,9 +67,9 @@ class Synced(Message, frozen=True):
     """The outcome: `synced`, `conflict`, or `sync_failed` with the reason in `error`; the task's directory then stays for
     another sync.
 
-    What is said to be in the store is durable.  `conflicts`: paths whose change was not applied, where the task's version went
-    instead, and why; `skipped`: what is never synced (devices, sockets...).  Both are cut as above.  `files`
-    and `written_bytes` were written by this job.
+    `settled`: nothing is left that the next one could do.  What is said to be in the store is durable.  `conflicts`: paths whose
+    change was not applied, where the task's version went instead, and why; `skipped`: what is never synced (devices,
+    sockets...).  Both are cut as above.  `files` and `written_bytes` were written by this job.
     """
 
     job: str
@@ -80,6 +81,7 @@ class Synced(Message, frozen=True):
     error: str
     files: int
     written_bytes: int
+    settled: bool = True
 
 
 class JobFailed(Message, frozen=True):

@@ -338,7 +338,7 @@ class SandboxActor(Actor):
                 self._record.gaps = value.gaps
                 self._know(Fact.OUTPUT_WHOLE)
             case "synced":
-                self._synced(value.outcome, value.conflicts, value.error)
+                self._synced(value.outcome, value.conflicts, value.error, value.skipped)
             case "workspace released":
                 self._know(Fact.WORKSPACE_RELEASED)
             case "image released":
@@ -351,7 +351,7 @@ class SandboxActor(Actor):
             case "image" | "workspace":
                 self._fail(error, "other")
             case "synced":
-                self._synced("sync_failed", [], error)
+                self._synced("sync_failed", [], error, [])
             case "pumped":
                 logger.error("the pipes of task {} could not be taken over, trying again: {}", self._task, error)
                 self.after(RETRY_S, ("ended", "conmon"))
@@ -378,8 +378,9 @@ class SandboxActor(Actor):
         self._record.fail(error, kind)
         self._know(Fact.FAILED)
 
-    def _synced(self, outcome: Sync, conflicts: list[str], error: str | None) -> None:
+    def _synced(self, outcome: Sync, conflicts: list[str], error: str | None, skipped: list[str]) -> None:
         self._record.sync, self._record.conflicts, self._record.sync_error = outcome, conflicts, error
+        self._record.skipped = skipped
         self._know(Fact.SYNCED)
 
     def _ask_to_end(self, cause: ending.Cause, force: bool) -> Any:

@@ -9,7 +9,7 @@ from actors.gateway.messages import Failure, State, Sync, TaskResult
 from actors.sandbox import ending
 
 NOTES_MAX = 20
-CONFLICTS_MAX = 100
+CONFLICTS_MAX = SKIPPED_MAX = 100
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Record:
     sync: Sync = "none"
     sync_error: str | None = None
     conflicts: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     gaps: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -72,4 +73,5 @@ class Record:
             failure=self.failure if over and state == "failed" and end.reason is None else None,
             conflicts=self.conflicts[:CONFLICTS_MAX] if over else [],
             gaps=self.gaps if over else 0,
+            skipped=self.skipped[:SKIPPED_MAX] if over else [],
         )

@@ -165,24 +165,6 @@ def test_what_a_task_writes_without_a_workspace_is_thrown_away(daemon: Daemon) -
     assert result.sync == "none" and not (daemon.state / "tasks" / result.task / "workspace").exists()
 
 
-def test_a_large_file_of_the_store_is_not_read_at_mount(daemon: Daemon) -> None:
-    store = daemon.state / "workspaces" / "large"
-    store.mkdir()
-    with open(store / "file", "wb") as file:
-        file.truncate(1 << 30)
-        file.seek(512 << 20)
-        file.write(b"in the middle")
-    os.chown(store, 1000, 1000)
-    before = used_bytes(daemon)
-    assert out(daemon, "dd if=file bs=1M skip=512 count=1 2>/dev/null | head -c 13", workspace="large") == "in the middle"
-    assert used_bytes(daemon) - before < 16 << 20
-
-
-def used_bytes(daemon: Daemon) -> int:
-    found = os.statvfs(daemon.state)
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
-
-
 def test_two_tasks_on_one_workspace_do_not_overwrite_each_other(daemon: Daemon) -> None:
     daemon.run("echo base > file", workspace="shared")
     first = daemon.submit("echo first > file; echo ready; sleep 1", workspace="shared")

@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,101 @@ def test_a_parent_that_does_not_read_costs_it_nothing_but_beats(workspace: Works
         for number in range(20):
             channel.send(index_job(workspace, str(number)))
         assert {answer(channel).job for _ in range(20)} == {str(number) for number in range(20)}
+
+
+def test_a_running_task_that_changed_nothing_costs_no_sync(workspace: Workspace, store: Path) -> None:
+    """Not even its listing is read; what others did to the store meanwhile is for the next sync that has something to do."""
+    write(store / "a", "a")
+    job = msgspec.structs.replace(sync_job(workspace), running=True)
+
+    def synced() -> tuple[Any, ...]:
+        channel.send(job)
+        told = answer(channel)
+        return told.outcome, told.files, told.settled
+
+    with syncer() as (channel, _):
+        channel.send(index_job(workspace))
+        answer(channel)
+        workspace.mount()
+        assert synced() == ("synced", 0, True)
+        workspace.run(lambda: (Path("a").write_text("ours"), Path("new").write_text("new")))
+        assert synced() == ("synced", 2, True)
+        listing = workspace.directory / "listing"
+        whole = listing.read_bytes()
+        listing.write_bytes(b"not to be read")
+        for _ in range(3):
+            assert synced() == ("synced", 0, True)
+        workspace.run(lambda: Path("new").write_text("newer"))
+        assert synced()[0] == "sync_failed"
+        listing.write_bytes(whole)
+        assert synced() == ("synced", 1, True)
+        listing.write_bytes(b"not to be read")
+        channel.send(sync_job(workspace))
+        assert answer(channel).outcome == "sync_failed", "the last sync looks, whatever it takes"
+
+
+def test_a_file_that_does_not_hold_still_is_tried_again(workspace: Workspace, store: Path) -> None:
+    """It comes as it was at some moment, or next time; and of what was half copied nothing stays."""
+    workspace.begin()
+    with open(workspace.root / "log", "wb", buffering=0) as log, syncer() as (channel, _):
+        stop = threading.Event()
+
+        def write_on() -> None:
+            number = 0
+            while not stop.is_set():
+                log.write(b"%9d\n" % number)
+                number += 1
+
+        writer = threading.Thread(target=write_on)
+        writer.start()
+        try:
+            for _ in range(20):
+                channel.send(msgspec.structs.replace(sync_job(workspace), running=True))
+                told = answer(channel)
+                assert told.outcome == "synced"
+                if (store / "log").exists():
+                    content = (store / "log").read_bytes()
+                    assert content == b"".join(b"%9d\n" % number for number in range(len(content) // 10))
+        finally:
+            stop.set()
+            writer.join()
+        channel.send(sync_job(workspace))
+        assert answer(channel).outcome == "synced"
+        assert sorted(store.iterdir()) == [store / "log"]
+        assert (store / "log").read_bytes() == (workspace.root / "log").read_bytes()
+
+
+def test_a_task_that_has_ended_does_not_wait_for_those_that_run(
+    workspaces: Callable[[str], Workspace], store: Path, tmp_path: Path
+) -> None:
+    busy = [workspaces(f"busy{number}") for number in range(5)]
+    ended = workspaces("ended")
+    for workspace in (*busy, ended):
+        workspace.begin()
+        workspace.run(lambda: Path("file").write_text(workspace.task))  # noqa: B023 (it runs at once)
+    with ExitStack() as locks, syncer() as (channel, _):
+        for workspace in busy:
+            locks.enter_context(workspace.locked_journal())
+            channel.send(msgspec.structs.replace(sync_job(workspace, workspace.task), running=True))
+        channel.send(sync_job(ended))
+        told = answer(channel)
+        assert (told.job, told.outcome) == ("s", "synced")
+        locks.close()
+        assert {answer(channel).job for _ in busy} == {workspace.task for workspace in busy}
+
+
+def test_a_workspace_with_staged_changes_is_not_indexed_again(workspace: Workspace, store: Path) -> None:
+    """The listing that the changes belong to would be lost, and with it what was in the store then."""
+    write(store / "a", "a")
+    workspace.begin()
+    listing = (workspace.directory / "listing").read_bytes()
+    write(store / "b", "b")
+    with syncer() as (channel, _):
+        workspace.run(lambda: Path("a").write_text("ours"))
+        channel.send(index_job(workspace))
+        refused = answer(channel)
+        assert isinstance(refused, wire.JobFailed)
+        assert "not in the store yet" in refused.error
+        assert (workspace.directory / "listing").read_bytes() == listing
+        channel.send(sync_job(workspace))
+        assert answer(channel).outcome == "synced"

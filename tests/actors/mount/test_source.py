@@ -190,3 +190,21 @@ def test_few_files_are_kept_open(store: Path) -> None:
     assert open_below() == KEPT_OPEN_MAX
     del source
     assert open_below() == 0
+
+
+def test_a_version_that_a_sync_put_aside_is_still_read(store: Path) -> None:
+    row, aside = list_file(store, "a/b/file"), b".aerie-sync/t1"
+    inode = (store / "a/b/file").stat().st_ino
+    os.makedirs(bytes(store) + b"/" + aside)
+    os.link(store / "a/b/file", bytes(store) + b"/" + aside + b"/was-%d" % inode)
+    for change in (lambda: (store / "new").write_bytes(b"9876543210"), lambda: os.rename(store / "new", store / "a/b/file")):
+        change()
+        assert read(DirectorySource(str(store), aside), row, 2, 5) == b"23456"
+    with pytest.raises(SourceError, match=CHANGED):
+        read(DirectorySource(str(store)), row, 2, 5)
+    shutil.rmtree(store / "a")
+    assert read(DirectorySource(str(store), aside), row, 2, 5) == b"23456"
+    with open(bytes(store) + b"/" + aside + b"/was-%d" % inode, "r+b") as file:
+        file.write(b"x")
+    with pytest.raises(SourceError, match=CHANGED):
+        read(DirectorySource(str(store), aside), row, 2, 5)

@@ -527,12 +527,13 @@ def test_hard_links_in_the_store_are_files_of_their_own_to_a_task(workspace: Wor
 
 
 def test_while_the_task_runs(workspace: Workspace, store: Path) -> None:
-    """What is written comes to the store; what the task may still read from there stays; and a sync knows its own work
-    again.
+    """What is written comes to the store; what the task may still read from there stays, if need be under another name; and a
+    sync knows its own work again.
     """
     for name in ("a", "b", "removed", "renamed"):
         write(store / name, name)
     write(store / "d/x", "x")
+    aside = f".aerie-sync/t1/was-{(store / 'a').stat().st_ino}"
     workspace.begin()
 
     def first() -> None:
@@ -555,6 +556,7 @@ def test_while_the_task_runs(workspace: Workspace, store: Path) -> None:
             "removed": b"removed",
             "renamed": b"renamed",
             "d/x": b"x",
+            aside: b"a",
         }
 
     def second() -> None:
