@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup packages control-groups run test lint bench soak clean
+.PHONY: help setup packages control-groups run test lint bench soak posix clean
 
 # Debian's own, whatever else is on the PATH: its header files are the ones that are installed.
 PYTHON3 ?= /usr/bin/python3
@@ -62,6 +62,15 @@ lint: setup
 # /tmp may be a tmpfs (Debian 13), from which EROFS mounts no file.
 test: lint
 	TMPDIR=/var/tmp $(PYTHON) -m pytest $(TESTS)
+
+# A POSIX suite on a task's workspace, and on a plain overlay.  It is Rust: it wants cargo (rustup's, Rust 1.85 or newer).
+posix: setup .venv/bin/pjdfstest
+	TMPDIR=/var/tmp $(PYTHON) -m pytest -s tests/node/test_posix.py
+
+.venv/bin/pjdfstest: .venv/complete
+	@command -v cargo >/dev/null || { echo "make posix: cargo is not installed: see https://rustup.rs" >&2; exit 1; }
+	cargo install --quiet --locked --version 0.2.2 --root .venv pjdfstest
+	touch $@
 
 bench: setup
 	$(PYTHON) -m tests.bench $(BENCH)
