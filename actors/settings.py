@@ -43,6 +43,16 @@ class SettingsError(Exception):
         self.faults = faults
 
 
+# REGISTRY=MIRROR pairs with spaces between; `actors.image.mirrors` says what a mirror is.
+Mirrors = Annotated[
+    str,
+    Meta(
+        pattern=r"^ *([^\s=/]+=(https?://)?[^\s=/]+(/[^\s=]*)?( +|$))*$",
+        description="REGISTRY=MIRROR pairs with spaces between, or nothing",
+    ),
+]
+
+
 class Section(msgspec.Struct, frozen=True):
     pass
 
@@ -65,6 +75,7 @@ class ImageSection(Section, frozen=True):
     archive_dir: Directory = "/var/lib/clip/work"
     mount_dir: Directory = "/var/lib/clip/mnt"
     resolve_interval_s: Annotated[float, Meta(ge=0, le=30 * 86400)] = 60
+    mirrors: Mirrors = ""
     prefetch: Literal["off", "trace", "full"] = "off"
     spool_bytes_max: Annotated[int, Meta(ge=16 * MIB, le=TIB)] = GIB
     idle_unmount_s: Annotated[float, Meta(ge=0, le=30 * 86400)] = 300
@@ -207,6 +218,8 @@ def accepted(section: str, field: str) -> str:
     if hint is bool:
         return "true or false"
     kind, meta = get_args(hint)[:2]
+    if meta.description:
+        return str(meta.description)
     if kind is str:
         return "an absolute path" + (", or nothing" if meta.pattern.endswith("?$") else "")
     unit = unit_of(field)

@@ -18,6 +18,7 @@ import msgspec
 from actors.gateway.client import Client
 from actors.gateway.messages import Ended, Failed, Submit, TaskResult
 from actors.gateway.submitting import UsageError, checked, new_task_id, specification
+from actors.image.login import parse_login
 from actors.settings import Runtime, SandboxSection, Settings
 from supervisor.frames import FrameError
 
@@ -36,6 +37,7 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     memory: str | float | None = None
     timeout: str | float | None = None
     runtime: Runtime | None = None
+    login: dict[str, str] | None = None  # as for `submit --login`
     id: str | None = None
 
 
@@ -88,7 +90,11 @@ def task_of(line: bytes, defaults: SandboxSection) -> tuple[str, Any]:
         given = msgspec.json.decode(line, type=Line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"not a task: {error}") from None
-    spec = specification(msgspec.structs.asdict(given), defaults)
+    try:
+        login = None if given.login is None else parse_login(msgspec.json.encode(given.login))
+    except ValueError as error:
+        raise UsageError(f"login: {error}") from None
+    spec = specification(msgspec.structs.asdict(given) | {"login": login}, defaults)
     task = given.id if given.id is not None else new_task_id()
     checked(task, spec)
     return task, spec

@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--cpu", type=_checked(parse_cores), metavar="500m", help="cores")
     submit.add_argument("--memory", type=_checked(parse_bytes), metavar="512Mi", help="bytes")
     submit.add_argument("--timeout", type=_checked(parse_seconds), metavar="30s", help="the task ends after this")
+    submit.add_argument("--login", metavar="FILE", help='for the image\'s registry: {"username": "…", "password": "…"} as JSON')
     submit.add_argument("--runtime", choices=("crun", "runc", "gvisor"))
     submit.add_argument(
         "--id", metavar="ID", help="the task's name; the same content submitted again under it is the same task"

@@ -23,6 +23,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from actors.image.login import Login
 from actors.settings import Runtime
 from supervisor.frames import Message
 
@@ -74,6 +75,7 @@ class TaskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_bytes: int
     timeout_s: float | None  # counted from the start of the command; None: no limit
     runtime: Runtime
+    login: Login | None = None  # for the image's registry; None: the node's own, if it has one
 
 
 class TaskResult(msgspec.Struct, frozen=True):

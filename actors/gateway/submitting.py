@@ -14,6 +14,7 @@ import msgspec
 from actors.gateway.client import Client, RequestFailed
 from actors.gateway.messages import Accepted, LogDirectory, Logs, Submit, TaskResult, TaskSpec
 from actors.gateway.request import amount, faults
+from actors.image.login import Login, parse_login
 from actors.quantities import QuantityError
 from actors.settings import SandboxSection, Settings
 from supervisor.frames import FrameError
@@ -57,6 +58,7 @@ def specification(given: dict[str, Any], defaults: SandboxSection) -> TaskSpec:
         memory_bytes=int(limits.get("memory", defaults.memory_bytes)),
         timeout_s=limits.get("timeout"),
         runtime=given["runtime"] or defaults.runtime,
+        login=given.get("login"),
     )
 
 
@@ -97,6 +99,14 @@ def environment(pairs: list[str]) -> dict[str, str]:
     return found
 
 
+def login_in(path: str) -> Login:
+    """The login in a file.  Raises UsageError."""
+    try:
+        return parse_login(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--login {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def progress_line() -> Callable[[str], None]:
     """A function that shows a text in place of the last one, on a terminal; the stderr of a script is the task's alone.
 
@@ -117,7 +127,8 @@ def progress_line() -> Callable[[str], None]:
 
 
 def submit(arguments: argparse.Namespace, settings: Settings) -> int:
-    given = vars(arguments) | {"env": environment(arguments.env)}
+    login = None if arguments.login is None else login_in(arguments.login)
+    given = vars(arguments) | {"env": environment(arguments.env), "login": login}
     spec = specification(given, settings.sandbox)
     task = new_task_id() if arguments.id is None else arguments.id
     checked(task, spec)

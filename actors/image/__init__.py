@@ -1,6 +1,7 @@
 """Images: from a reference such as `ubuntu` to a read-only root file system that any number of tasks share.
 
-Purpose.  A reference is resolved to the digest of one manifest (`reference`, `registry`).  The image builder, a process of
+Purpose.  A reference is resolved to the digest of one manifest (`reference`, `registry`; how registries and mirrors are asked:
+`endpoint`, `blobs`, `patience`, `login`, `credentials`).  The image builder, a process of
 its own (`process`, `builder`), reads the registry's unmodified layers once (`stream`, `tar`, `content`), overlays them into one
 tree (`layers`), fills OBJECTS with the content of its files, and writes the image's archive (`archive`): the EROFS META that
 the kernel mounts, the table of objects, and what a task needs of the image's config.  The kernel mounts META :: OBJECTS

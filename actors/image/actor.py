@@ -14,7 +14,7 @@ from loguru import logger
 
 from actors.image import messages, wire
 from actors.image.building import Building, shown
-from actors.image.catalogue import Asked, Catalogue, Image
+from actors.image.catalogue import Asked, Catalogue, Image, name_of
 from actors.image.errors import ArchiveInvalid, ReferenceInvalid
 from actors.image.leases import Leases, task_of
 from actors.image.mounted import ImageMount, Mounted, NotMounted, Removed
@@ -138,10 +138,11 @@ class ImageActor(Actor):
         except ReferenceInvalid as error:
             asked.reply.set_exception(error)
             return asked.reply
-        known = self._catalogue.known(reference)
-        if str(reference) in self._preparing:
-            self._preparing[str(reference)].waiting.append(asked)
-        elif known is not None and self._catalogue.is_fresh(reference, self._settings.resolve_interval_s):
+        known = self._catalogue.known(reference, message.login)
+        name = name_of(reference, message.login)
+        if name in self._preparing:
+            self._preparing[name].waiting.append(asked)
+        elif known is not None and self._catalogue.is_fresh(reference, message.login, self._settings.resolve_interval_s):
             self._lease(known, asked)
         else:
             self._build(reference, known, asked)
@@ -155,6 +156,7 @@ class ImageActor(Actor):
             asked.reply.set_exception(error)
             return
         image.leases.add(asked.message.lease)
+        image.login = asked.message.login or image.login
         if image.idle is not None:
             image.idle.cancel()
             image.idle = None
@@ -232,6 +234,7 @@ class ImageActor(Actor):
 
     def _make_mount(self, image: Image) -> None:
         image.mount = self._mount_of(image)
+        image.mount.login = image.login
         image.mount.make()
 
     def _from_mount(self, image: Image, message: Any) -> None:
@@ -292,27 +295,29 @@ class ImageActor(Actor):
     # --- building ---
 
     def _build(self, reference: Reference, known: Image | None, asked: Asked) -> None:
-        building = Building(self, self._services, reference, known.digest if known else None)
-        self._preparing[str(reference)] = Preparing(building, [asked])
+        login = asked.message.login
+        building = Building(self, self._services, reference, known.digest if known else None, login)
+        self._preparing[name_of(reference, login)] = Preparing(building, [asked])
 
     def _build_again(self, asked: Asked) -> None:
         reference = Reference.parse(asked.message.reference)
-        if str(reference) in self._preparing:
-            self._preparing[str(reference)].waiting.append(asked)
+        name = name_of(reference, asked.message.login)
+        if name in self._preparing:
+            self._preparing[name].waiting.append(asked)
         else:
             self._build(reference, None, asked)
 
     def _from_builder(self, preparing: Preparing, message: Any) -> None:
-        reference = preparing.building.reference
+        reference, login = preparing.building.reference, preparing.building.login
         match preparing.building.take(message):
             case wire.Progress() as progress:
                 leases = [asked.message.lease for asked in preparing.waiting]
                 self.system.tell(GATEWAY, messages.ImageProgress(leases, shown(str(reference), progress)))
             case wire.Resolved(digest):
-                self._catalogue.resolve(reference, digest)
+                self._catalogue.resolve(reference, login, digest)
                 self._built(preparing, self._images.get(digest))
             case wire.Built() as built:
-                self._catalogue.resolve(reference, built.digest)
+                self._catalogue.resolve(reference, login, built.digest)
                 self._built(preparing, self._catalogue.add(reference, built))
             case wire.BuildFailed(kind, error):
                 self._build_failed(preparing, kind, error)
@@ -325,7 +330,7 @@ class ImageActor(Actor):
                 self._build_again(asked)
 
     def _build_failed(self, preparing: Preparing, kind: str, error: str) -> None:
-        known = self._catalogue.known(preparing.building.reference)
+        known = self._catalogue.known(preparing.building.reference, preparing.building.login)
         if kind == "unreachable" and known is not None:
             logger.warning("{}: {}; the image it named last, {}, is used", preparing.building.reference, error, known.digest)
             self._built(preparing, known)
@@ -336,7 +341,7 @@ class ImageActor(Actor):
     def _over(self, preparing: Preparing) -> list[Asked]:
         """The builder has said its last word (it ends by itself) → who waits for it."""
         preparing.building.let_go()
-        del self._preparing[str(preparing.building.reference)]
+        del self._preparing[name_of(preparing.building.reference, preparing.building.login)]
         self._check_closed()
         return preparing.waiting
 

@@ -32,11 +32,14 @@ class Build:
 
     def __init__(self, order: BuildImage) -> None:
         self._order = order
-        self._budget = Budget(order.unpacked_bytes_max, order.entries_max)
+        self._budget = self._new_budget()
         self._phase = "resolving"
         self._manifest: Manifest | None = None
         self._layer = 0
         self._read_bytes = 0
+
+    def _new_budget(self) -> Budget:
+        return Budget(self._order.unpacked_bytes_max, self._order.entries_max)
 
     def progress(self) -> Progress:
         layers = self._manifest.layers if self._manifest else []
@@ -53,11 +56,19 @@ class Build:
         try:
             if reference.digest and (found := self._find(reference.digest, objects)):
                 return found
-            with Registry(reference) as registry:
+            with Registry(reference, order.access.login, mirrors=order.access.mirrors) as registry:
                 digest = registry.resolve(platform)
                 if digest == order.known_digest:
                     return Resolved(digest)
-                return self._find(digest, objects) or self._build(registry, digest, platform, objects)
+                if found := self._find(digest, objects):
+                    return found
+                try:
+                    return self._build(registry, digest, platform, objects)
+                except ContentCorrupt:
+                    if not registry.distrust_mirrors():
+                        raise
+                    self._budget, self._read_bytes = self._new_budget(), 0
+                    return self._build(registry, digest, platform, objects)
         except OSError as error:
             raise _storage_error(error) from error
         finally:

@@ -8,6 +8,8 @@ from typing import Any
 from loguru import logger
 
 from actors.image import wire
+from actors.image.login import Access, Login
+from actors.image.mirrors import mirrors_of
 from actors.image.reference import Reference
 from actors.services import Services
 from supervisor.actor import Actor
@@ -26,11 +28,16 @@ _numbers = itertools.count(1)
 class Building:
     """The building of `reference`, which begins at once.  `known_digest`: the image it named before, whose archive is here.
 
+    `login` is the asking task's, None for Docker's.
+
     The actor hands every message to `take`, and calls `let_go` after the last word or when it ends.
     """
 
-    def __init__(self, actor: Actor, services: Services, reference: Reference, known_digest: str | None) -> None:
+    def __init__(
+        self, actor: Actor, services: Services, reference: Reference, known_digest: str | None, login: Login | None
+    ) -> None:
         self.reference = reference
+        self.login = login
         self._actor = actor
         self._services = services
         self._known_digest = known_digest
@@ -71,6 +78,7 @@ class Building:
             entries_max=settings.entries_max,
             time_max_s=settings.build_timeout_s,
             lazy=False,
+            access=Access(self.login, mirrors_of(self.reference.registry, settings.mirrors)),
         )
         return self._services.isolation.start(BUILDER, "actors.image.process:serve", order, BUILDER_SAYS)
 

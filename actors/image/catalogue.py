@@ -9,6 +9,7 @@ from typing import Any
 from actors.image import messages
 from actors.image.archive import Archive, archive_path
 from actors.image.errors import ArchiveInvalid
+from actors.image.login import Login
 from actors.image.mounted import ImageMount, State
 from actors.image.reference import Reference
 from actors.image.wire import Built
@@ -18,7 +19,7 @@ from supervisor.store import Store
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a reference named when the registry was last asked, at `at` (seconds since 1970)."""
+    """What a reference named when the registry was last asked, at `at` (seconds since 1970), with some login or none."""
 
     digest: str
     at: float
@@ -41,6 +42,7 @@ class Image:
     unpacked_bytes: int
     complete: bool
     mount: ImageMount | None = None
+    login: Login | None = None  # of the last task that brought one: for what is still to be fetched
     leases: set[str] = field(default_factory=set)
     waiting: list[Asked] = field(default_factory=list)  # for the mount
     idle: Any = None  # the timer that unmounts it
@@ -48,6 +50,11 @@ class Image:
     @property
     def is_mounted(self) -> bool:
         return self.mount is not None and self.mount.state is State.THERE
+
+
+def name_of(reference: Reference, login: Login | None) -> str:
+    """Names a reference as it is seen with a login: a registry may show each login something else."""
+    return f"{reference} as {login.fingerprint}" if login else str(reference)
 
 
 class Catalogue:
@@ -67,22 +74,26 @@ class Catalogue:
             )
         }
 
-    def known(self, reference: Reference) -> Image | None:
-        """The image that the reference named when it was last asked for."""
-        found = self._resolved.get(str(reference))
+    def known(self, reference: Reference, login: Login | None) -> Image | None:
+        """The image that the reference named when the registry was last asked with this login.
+
+        Who knows an image's digest has seen its manifest: that is leave enough.
+        """
+        found = self._resolved.get(name_of(reference, login))
         return self.images.get(reference.digest or "") or self.images.get(found.digest if found else "")
 
-    def is_fresh(self, reference: Reference, interval_s: float) -> bool:
+    def is_fresh(self, reference: Reference, login: Login | None, interval_s: float) -> bool:
         """Whether the registry need not be asked: a digest never changes, a tag is believed for a while."""
         if reference.digest:
             return True
-        found = self._resolved.get(str(reference))
+        found = self._resolved.get(name_of(reference, login))
         return found is not None and time.time() - found.at < interval_s
 
-    def resolve(self, reference: Reference, digest: str) -> None:
-        """The registry says what the reference names now."""
-        found = self._resolved[str(reference)] = Resolution(digest, time.time())
-        self._store.write(("INSERT OR REPLACE INTO resolutions VALUES (?, ?, ?)", (str(reference), digest, found.at)))
+    def resolve(self, reference: Reference, login: Login | None, digest: str) -> None:
+        """The registry says what the reference names now, to whom has this login."""
+        found = self._resolved[name_of(reference, login)] = Resolution(digest, time.time())
+        if login is None:  # what a login was shown is not kept longer than the login
+            self._store.write(("INSERT OR REPLACE INTO resolutions VALUES (?, ?, ?)", (str(reference), digest, found.at)))
 
     def add(self, reference: Reference, built: Built) -> Image:
         """The archive of an image is here."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import msgspec
 
 _PARAMETER = re.compile(r'(\w+)="([^"]*)"')
+_TOKEN_TEXT = re.compile(r"[!-~]+")
 _CLIENT_ID = "aerie"  # who asks, in the words of oauth.md; servers only log it
 
 
@@ -66,4 +67,10 @@ def parse_token(body: bytes) -> str | None:
         answer = msgspec.json.decode(body, type=_Token)
     except msgspec.MsgspecError:
         return None
-    return answer.token or answer.access_token or None
+    token = answer.token or answer.access_token
+    return token if is_token(token) else None
+
+
+def is_token(text: str) -> bool:
+    """Whether it may stand in a header: printable ASCII without spaces, as RFC 6750 has it (and nothing that ends the header)."""
+    return bool(_TOKEN_TEXT.fullmatch(text))

@@ -7,8 +7,6 @@ operator's, run as this process's user, and killed when it takes too long or whe
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import pathlib
 import re
@@ -19,32 +17,13 @@ from typing import TypeVar
 
 import msgspec
 
+from actors.image.login import Auth, Login, parse_auth
 from actors.image.reference import DEFAULT_REGISTRY
 
 HELPER_TIMEOUT_S = 15.0  # some ask a cloud's metadata server
 _DEFAULT_REGISTRY_KEY = "https://index.docker.io/v1/"  # what Docker calls docker.io in its config and to its helpers
 _IDENTITY_TOKEN_USER = "<token>"  # a helper's user name when its secret is an identity token
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-class Login(msgspec.Struct, frozen=True):
-    """What proves who we are to one registry: user name and password, or a token in their place.
-
-    `identity_token` is exchanged for tokens at the registry's token server; `registry_token` is sent as it is.
-    """
-
-    user: str = ""
-    password: str = ""
-    identity_token: str = ""
-    registry_token: str = ""
-
-    @property
-    def basic(self) -> str:
-        """The value of an Authorization header."""
-        return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-
-    def __repr__(self) -> str:
-        return f"Login({self.user!r}, …)"  # secrets stay out of logs and tracebacks
 
 
 class HelperFailed(Exception):
@@ -55,16 +34,8 @@ T = TypeVar("T")
 FindLogin = Callable[[str], Login | None]
 
 
-class _Auth(msgspec.Struct):
-    auth: str = ""
-    username: str = ""
-    password: str = ""
-    identitytoken: str = ""
-    registrytoken: str = ""
-
-
 class _DockerConfig(msgspec.Struct, rename="camel"):
-    auths: dict[str, _Auth] | None = None
+    auths: dict[str, Auth] | None = None
     cred_helpers: dict[str, str] | None = None
     creds_store: str | None = None
 
@@ -140,19 +111,6 @@ def _run(command: list[str], text: bytes) -> tuple[int, bytes, bytes]:
             os.killpg(process.pid, signal.SIGKILL)  # and what it started
             raise
     return process.returncode, answer, complaint
-
-
-def parse_auth(auth: _Auth) -> Login | None:
-    """The login of one entry of `auths`; None when there is none in it."""
-    if auth.identitytoken or auth.registrytoken:
-        return Login(identity_token=auth.identitytoken, registry_token=auth.registrytoken)
-    if auth.auth:
-        try:
-            user, colon, password = base64.b64decode(auth.auth, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
-            return None
-        return Login(user, password.rstrip("\0")) if colon else None
-    return Login(auth.username, auth.password) if auth.username else None
 
 
 def _of_host(entries: dict[str, T], registry: str) -> T | None:

@@ -17,9 +17,10 @@ from typing import Final
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from actors.image.challenges import BasicChallenge, BearerChallenge, parse_challenge, parse_token
-from actors.image.credentials import FindLogin, HelperFailed, Login
+from actors.image.challenges import BasicChallenge, BearerChallenge, is_token, parse_challenge, parse_token
+from actors.image.credentials import FindLogin, HelperFailed
 from actors.image.errors import ImageError, RegistryBroken, RegistryUnreachable, Unauthorised
+from actors.image.login import Login
 from actors.image.patience import Patience, retry_after_s
 
 ANSWERS: Final = (200, 206, 404, 416)  # what `get` gives back; all else is an error
@@ -168,7 +169,7 @@ class Endpoint:
     def _proof(self, patience: Patience) -> str | None:
         """An Authorization header for the challenge; None when we have nothing to show."""
         login = self._known_login()
-        if login is not None and login.registry_token:
+        if login is not None and is_token(login.registry_token):
             return f"Bearer {login.registry_token}"
         if isinstance(self._challenge, BearerChallenge):
             return f"Bearer {self._token(self._challenge, login, patience)}"

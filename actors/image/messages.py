@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from actors.image.login import Login
 from supervisor.frames import Message
 
 
@@ -10,12 +11,14 @@ class PrepareRootfs(Message, frozen=True):
 
     `lease` is the asker's name for the lease: asked again with the same name, the answer is the same lease.  With `root` the
     image is also mounted as one read-only tree (`image mount`); a task brings its own upper directory and needs only the layers.
-    `watcher`: the task (or request) whose submitter is shown the progress.
+    `login` is for the image's registry, None for what Docker's config has: what a tag names is asked of the registry once for each
+    login, so that nobody gets a private image by its name because another task might.
     """
 
     lease: str
     reference: str
     root: bool = False
+    login: Login | None = None
 
 
 class ImageConfig(Message, frozen=True):

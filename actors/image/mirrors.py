@@ -12,7 +12,6 @@ import re
 from actors.image.errors import ReferenceInvalid
 from actors.image.reference import DEFAULT_REGISTRY, Reference
 
-MIRRORS_PATTERN = r"^([^\s=]+=(https?://)?[^\s=/]+(/[^\s=]*)?( +|$))*$"
 _MIRROR = re.compile(r"(?:(https?)://)?([^/]+)(?:/(.*))?")
 
 

@@ -24,6 +24,9 @@ from loguru import logger
 from actors.image import spool, wire
 from actors.image.archive import Archive, archive_path
 from actors.image.errors import ArchiveInvalid
+from actors.image.login import Access, Login
+from actors.image.mirrors import mirrors_of
+from actors.image.reference import Reference
 from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
 from actors.lazytree.served import LazyServer, Program
@@ -82,6 +85,7 @@ class ImageMount:
         self._actor = actor
         self._services = services
         self._settings = services.settings.image
+        self.login: Login | None = None  # of the last task that brought one
         self._reference = reference
         self._complete = complete
         self._archive_path = archive_path(self._settings.archive_dir, digest)
@@ -270,6 +274,7 @@ class ImageMount:
             uid=settings.sandbox.uid,
             gid=settings.sandbox.gid,
             spool_bytes_max=settings.image.spool_bytes_max,
+            access=Access(self.login, mirrors_of(Reference.parse(self._reference).registry, settings.image.mirrors)),
         )
 
     def _mount(self) -> None:

@@ -16,9 +16,10 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from actors.image.blobs import Straggling, content_range, range_header, receive
-from actors.image.credentials import FindLogin, Login, docker_login
+from actors.image.credentials import FindLogin, docker_login
 from actors.image.endpoint import Endpoint, discard
 from actors.image.errors import ContentCorrupt, ImageError, ImageUnknown, RegistryBroken
+from actors.image.login import Login
 from actors.image.manifests import (
     ACCEPT,
     DOCUMENT_SIZE_MAX,

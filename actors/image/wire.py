@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from actors.image.login import Access
 from supervisor.frames import Message
 
 
@@ -10,8 +11,8 @@ class BuildImage(Message, frozen=True):
 
     `reference`: as the submitter wrote it.  `platform`: OS/ARCHITECTURE[/VARIANT], "" for this machine's.
     `archive_dir`, `cache_dir`: where archives and objects lie.  `known_digest`: the manifest whose archive and content are
-    known to be here, complete and durable; None when there is none.  `lazy`: content may be missing, for the image is mounted with
-    a LAZY layer (`ServeImage`) that fetches it.
+    known to be here, complete and durable; None when there is none.  `access`: as whom, and through which mirrors.  `lazy`: content
+    may be missing, for the image is mounted with a LAZY layer (`ServeImage`) that fetches it.
 
     The bounds are absolute: `unpacked_bytes_max` of all layers decompressed (holes of sparse files are not in there),
     `entries_max` of all layers (the builder takes about 2 KB of memory for each), `time_max_s` for everything.
@@ -30,6 +31,7 @@ class BuildImage(Message, frozen=True):
     entries_max: int = 1_000_000
     time_max_s: float = 3600.0
     lazy: bool = False
+    access: Access = Access()
 
 
 class Progress(Message, frozen=True):
@@ -81,7 +83,7 @@ class ServeImage(Message, frozen=True):
     the archive is that of whoever built it, with another registry perhaps).  `objects`: OBJECTS, which the server reads and does
     not write.  `spool_bytes_max`: what it may take of the spool's file system before it gives up what is oldest there.  The rest is
     as in `lazytree.wire.ServeTree`.
-    The registry's credentials are Docker's (config.json), read before the server drops its privileges.
+    The registry's credentials are those of `access`, or Docker's (config.json), read before the server drops its privileges.
     """
 
     archive: str
@@ -93,6 +95,7 @@ class ServeImage(Message, frozen=True):
     uid: int = 1000
     gid: int = 1000
     spool_bytes_max: int = 1 << 30
+    access: Access = Access()
 
 
 class Completed(Message, frozen=True):

@@ -160,7 +160,7 @@ class SandboxActor(Actor):
     # --- effects ---
 
     def _lease_image(self) -> None:
-        self._request("image", IMAGES, images.PrepareRootfs(f"task/{self._task}", self._spec.image))
+        self._request("image", IMAGES, images.PrepareRootfs(f"task/{self._task}", self._spec.image, login=self._spec.login))
 
     def _mount_workspace(self) -> None:
         if self._spec.workspace is None:

@@ -66,6 +66,14 @@ def test_the_file_and_the_environment_which_wins() -> None:
         ("AERIE_SANDBOX_CPU", "250m", "sandbox", "cpu_cores", 0.25),
         ("AERIE_GATEWAY_LOGS_MAX", "0", "gateway", "logs_bytes_max", 0),
         ("AERIE_OUTPUT_FILE_DIR", "", "output", "file_dir", ""),
+        (
+            "AERIE_IMAGE_MIRRORS",
+            "docker.io=m.example/hub  a.example:5000=http://b:1",
+            "image",
+            "mirrors",
+            "docker.io=m.example/hub  a.example:5000=http://b:1",
+        ),
+        ("AERIE_IMAGE_MIRRORS", "", "image", "mirrors", ""),
     ],
 )
 def test_a_variable_overrides_one_key(name: str, value: str, section: str, field: str, expected: object) -> None:
@@ -101,7 +109,7 @@ def test_every_fault_is_listed_at_once_and_says_what_is_accepted() -> None:
     document = {
         "nowhere": {"x": 1},
         "state": "/srv",
-        "image": {"colour": "red", "prefetch": "some", "unpacked_max": "1Ki", "cache_dir": "relative"},
+        "image": {"colour": "red", "prefetch": "some", "unpacked_max": "1Ki", "cache_dir": "relative", "mirrors": "m.example"},
         "sandbox": {"memory": "12QB", "pids": 0, "cpu": "-1"},
     }
     found = faults(document, {"AERIE_GATEWAY_PARALLEL": "many", "AERIE_GATEWAY_PARALEL": "4"})
@@ -114,6 +122,7 @@ def test_every_fault_is_listed_at_once_and_says_what_is_accepted() -> None:
             ("image.prefetch = some", "off, trace, full"),
             ("image.unpacked_max = 1Ki", "from 1Mi to 16Ti"),
             ("image.cache_dir = relative", "absolute"),
+            ("image.mirrors = m.example", "REGISTRY=MIRROR"),
             ("sandbox.memory = 12QB", "512Mi"),
             ("sandbox.pids = 0", "from 1 to"),
             ("sandbox.cpu = -1", "500m"),

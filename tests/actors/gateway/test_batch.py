@@ -15,6 +15,7 @@ from actors.gateway.batch import LINE_BYTES_MAX, Batch, Lines, identified, refus
 from actors.gateway.client import Client
 from actors.gateway.messages import Accepted, Ended, Failed, Submit
 from actors.gateway.submitting import UsageError
+from actors.image.login import Login
 from actors.settings import SandboxSection
 from tests.actors.gateway.scripted import Connection, ScriptedDaemon, result
 
@@ -62,6 +63,14 @@ def test_a_line_over_the_bound_is_not_kept() -> None:
 
 
 # --- tasks ---
+
+
+def test_a_line_may_have_a_login() -> None:
+    assert task_of(line(login={"username": "me", "password": "s"}), DEFAULTS)[1].login == Login("me", "s")
+    assert task_of(line(), DEFAULTS)[1].login is None
+    with pytest.raises(UsageError, match="login: it must be") as caught:
+        task_of(line(login={"user": "secret"}), DEFAULTS)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_line_becomes_a_task_with_the_defaults() -> None:

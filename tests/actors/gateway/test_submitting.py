@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.gateway.submitting import UsageError, environment, exit_code, specification
+from actors.gateway.submitting import UsageError, environment, exit_code, login_in, specification
+from actors.image.login import Login
 from actors.settings import SandboxSection
 from tests.actors.gateway.scripted import result
 
@@ -58,3 +60,34 @@ def test_every_limit_that_cannot_be_read_is_named() -> None:
     with pytest.raises(UsageError) as caught:
         specification(GIVEN | {"memory": "12QB", "cpu": "1Gi", "timeout": "soon"}, SandboxSection())
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["memory", "cpu", "timeout"]
+
+
+@pytest.mark.parametrize(
+    ("document", "login"),
+    [
+        ('{"username": "me", "password": "s"}', Login("me", "s")),
+        ('{"auth": "bWU6cw=="}', Login("me", "s")),
+        ('{"identitytoken": "t"}', Login(identity_token="t")),
+        ('{"registrytoken": "t"}', Login(registry_token="t")),
+        ("{}", None),
+        ("[]", None),
+        ('{"auth": "?"}', None),
+        ("secret", None),
+        ('{"username": 1, "password": "secret"}', None),
+    ],
+)
+def test_a_login_is_read_from_a_file(document: str, login: Login | None, tmp_path: Path) -> None:
+    path = tmp_path / "login"
+    path.write_text(document)
+    if login is not None:
+        assert login_in(str(path)) == login
+        assert specification(GIVEN | {"login": login}, SandboxSection()).login == login
+        return
+    with pytest.raises(UsageError, match="it must be a JSON object") as caught:
+        login_in(str(path))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_login_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--login .*nosuch: No such file"):
+        login_in(str(tmp_path / "nosuch"))

@@ -19,13 +19,17 @@ from pathlib import Path
 import pytest
 
 from actors.image import credentials, patience
-from actors.image.credentials import HelperFailed, Login, docker_login, helper_login
+from actors.image.archive import Archive
+from actors.image.builder import Build
+from actors.image.credentials import HelperFailed, docker_login, helper_login
 from actors.image.errors import ContentCorrupt, RegistryBroken, RegistryUnreachable, Unauthorised
+from actors.image.login import Access, Login
 from actors.image.manifests import Descriptor, Platform
 from actors.image.mirrors import api_url, mirrors_of
 from actors.image.patience import Meter, Patience, Rates, retry_after_s
 from actors.image.reference import Reference
 from actors.image.registry import Registry
+from actors.image.wire import BuildImage, Built
 from tests.actors.image.images import Repository, RunningRegistry, digest, member, tar
 from tests.actors.image.proxy import (
     Exchange,
@@ -624,6 +628,28 @@ def test_a_mirror_with_another_content_is_not_believed(proxy: Proxy, mirror: Pro
     with Registry(Reference.parse(f"{proxy.address}/{image.name}").pinned(wanted), mirrors=[mirror.address]) as registry:
         assert registry.manifest(wanted)
     assert len(mirror.seen("/manifests/")) == 1
+
+
+def test_a_layer_that_a_mirror_has_damaged_comes_from_the_registry(
+    proxy: Proxy, mirror: Proxy, repository: Repository, tmp_path: Path
+) -> None:
+    layer = tar(member("a", BLOB))
+    manifest = repository.push(layer, blobs=[layer])
+    body = json.loads(repository.blob_file(manifest["digest"]).read_bytes())["layers"][0]["digest"]
+    mirror.on(f"/blobs/{body}", status(200, layer.replace(BLOB[:100], BLOB[100:200])))
+    order = BuildImage(
+        f"{proxy.address}/{repository.name}",
+        str(tmp_path / "archives"),
+        str(tmp_path / "cache"),
+        access=Access(None, [mirror.address]),
+        unpacked_bytes_max=len(layer) + 10_000,
+    )
+    built = Build(order).run()
+    assert isinstance(built, Built)
+    assert built.layer_bytes == len(layer)
+    assert mirror.seen(body)
+    assert proxy.seen(body)
+    assert Archive.open(built.archive).info.digest == manifest["digest"]
 
 
 def test_when_neither_mirror_nor_registry_helps_both_are_named(proxy: Proxy, mirror: Proxy, image: Repository) -> None:

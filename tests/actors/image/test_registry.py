@@ -22,7 +22,7 @@ import urllib3
 
 from actors.image import patience
 from actors.image.challenges import BasicChallenge, BearerChallenge, parse_challenge, parse_token
-from actors.image.credentials import Login, docker_login
+from actors.image.credentials import docker_login
 from actors.image.errors import (
     ContentCorrupt,
     ImageError,
@@ -33,6 +33,7 @@ from actors.image.errors import (
     Unauthorised,
     Unsupported,
 )
+from actors.image.login import Login
 from actors.image.manifests import Descriptor, Index, Manifest, Platform, choose, parse_config, parse_manifest
 from actors.image.reference import Reference
 from actors.image.registry import Registry
