@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
+import resource
 import socket
 import stat
 import struct
@@ -41,12 +43,15 @@ R = TypeVar("R")
 HEARTBEAT_S = 1.0
 TASKS_MAX = 1024  # requests in the server at once; a stuck one must not keep a ready one in the kernel's queue
 CACHED_S = 1 << 30  # names and attributes never change
-FAILURES_MAX = 1024  # distinct ones that are told to the parent
+AGAIN_S = 0.5
+"""The kernel asks a second time for what its readahead did not get: a reader would wait twice as long for its EIO."""
+FAILURES_MAX = 1024  # distinct ones that are told to the parent, within `tell_again_s`
 REASON_CHARACTERS_MAX = 8192
 
 _FIRST_OBJECT = 2  # node id of the object at index 0; 1 is the root
 _DIRECTORIES = 1 << 40  # node id of the directory "00"; ids of objects are below
 _NOTIFY_RESEND = struct.Struct("<IiQ").pack(16, 7, 0)
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -63,10 +68,11 @@ class SourceError(Exception):
 class Source(Protocol):
     """Where the content of a tree's objects comes from."""
 
-    async def read(self, index: int, row: Row, offset: int, size: int) -> bytes:
+    async def read(self, index: int, row: Row, offset: int, size: int) -> bytes | bytearray:
         """Exactly `size` bytes (within the object) at `offset` of the object in `row`, checked; or SourceError.
 
-        May be cancelled (the reader's time is up).  Blocking work belongs in a thread that can be abandoned.
+        May be cancelled (the reader's time is up).  Blocking work belongs in a thread that can be abandoned.  A thousand may be called
+        at once: few of them may hold content, and none while it waits for what may be slow.
         """
         ...
 
@@ -76,21 +82,35 @@ class _Flight:
 
     def __init__(self) -> None:
         self.landed = trio.Event()
-        self.data: bytes | None = None  # None: it failed
+        self.data: bytes | bytearray | None = None  # None: it failed
 
 
 class Reads:
-    """Reads from a source: identical ones are one, each ends within `timeout_s`, and each distinct failure is told once."""
+    """Reads from a source: identical ones are one, each ends within `timeout_s`, and each distinct failure is told.
 
-    def __init__(self, table: ObjectTable, source: Source, timeout_s: float, tell: Callable[[ReadFailed], None]) -> None:
+    Once; or again when it comes again after `tell_again_s`, for a tree whose readers come and go.
+    """
+
+    def __init__(
+        self,
+        table: ObjectTable,
+        source: Source,
+        timeout_s: float,
+        tell: Callable[[ReadFailed], None],
+        tell_again_s: float = math.inf,
+    ) -> None:
         self._table = table
         self._source = source
         self._timeout_s = timeout_s
         self._tell = tell
         self._flights: dict[tuple[int, int, int], _Flight] = {}
-        self._told: set[ReadFailed] = set()
+        self._tell_again_s = tell_again_s
+        self._told: dict[ReadFailed, float] = {}  # when, the earliest first
+        self._late: dict[
+            int, tuple[float, str]
+        ] = {}  # what failed after a long time, until when it is not tried again, and why
 
-    async def read(self, index: int, offset: int, size: int) -> bytes | None:
+    async def read(self, index: int, offset: int, size: int) -> bytes | bytearray | None:
         """The bytes of the object there, fewer only at its end; None when they cannot be had."""
         row = self._table.row(index)
         size = min(size, row.size_bytes - offset)
@@ -109,7 +129,13 @@ class Reads:
             flight.landed.set()
         return flight.data
 
-    async def _fetch(self, index: int, row: Row, offset: int, size: int) -> bytes | None:
+    async def _fetch(self, index: int, row: Row, offset: int, size: int) -> bytes | bytearray | None:
+        begun = trio.current_time()
+        until, reason = self._late.pop(index, (0.0, ""))
+        if begun < until:
+            self._late[index] = until, reason
+            self._fail(row, reason)
+            return None
         reason = f"no content within {self._timeout_s:g} s"
         with trio.move_on_after(self._timeout_s):
             try:
@@ -123,12 +149,23 @@ class Reads:
                 if len(data) == size:
                     return data
                 reason = "the source gave another number of bytes than it was asked for"
+        now = trio.current_time()
+        if now - begun > AGAIN_S:
+            if len(self._late) >= FAILURES_MAX:
+                self._late.clear()
+            self._late[index] = now + AGAIN_S, reason
+        self._fail(row, reason)
+        return None
+
+    def _fail(self, row: Row, reason: str) -> None:
         # Whatever an exception's text holds, it must fit a message.
         failure = ReadFailed(row.key, reason.encode("utf-8", "backslashreplace").decode()[:REASON_CHARACTERS_MAX])
+        now = trio.current_time()
+        while self._told and now - next(iter(self._told.values())) >= self._tell_again_s:
+            del self._told[next(iter(self._told))]
         if failure not in self._told and len(self._told) < FAILURES_MAX:
-            self._told.add(failure)
+            self._told[failure] = now
             self._tell(failure)
-        return None
 
 
 def _answered(
@@ -220,7 +257,7 @@ class LazyTree(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     @_answered
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]  # it takes any buffer
         data = await self._reads.read(self._index(fh), off, size)
         if data is None:
             raise pyfuse3.FUSEError(errno.EIO)
@@ -239,27 +276,30 @@ class Report:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._unsent: deque[Message] = deque()
-        self._more = trio.Event()
+        self._closed = False
 
     def tell(self, message: Message) -> None:
+        """Say it now, so that of a failure the parent hears before its reader does; later, if nobody listens just now."""
         self._unsent.append(message)
-        self._more.set()
+        self._send()
 
     async def run(self, tree: LazyTree) -> None:
+        while not self._closed:
+            self._send(Progress(tree.answered, tree.waiting))
+            await trio.sleep(HEARTBEAT_S)
+
+    def _send(self, heartbeat: Message | None = None) -> None:
         try:
-            while True:
-                try:
-                    while self._unsent:
-                        self._channel.send(self._unsent[0], timeout_s=0)
-                        self._unsent.popleft()
-                    self._channel.send(Progress(tree.answered, tree.waiting), timeout_s=0)
-                except ChannelTimeout:
-                    pass  # nobody listens just now: the rest is kept, a heartbeat would be of no use later
-                self._more = trio.Event()
-                with trio.move_on_after(HEARTBEAT_S):
-                    await self._more.wait()
-        except ChannelClosed:
-            pass  # the parent is being replaced; the mount is served on
+            while self._unsent:
+                self._channel.send(self._unsent[0], timeout_s=0)
+                self._unsent.popleft()
+            if heartbeat is not None:
+                self._channel.send(heartbeat, timeout_s=0)
+        except ChannelTimeout:
+            pass  # the rest is kept; a heartbeat would be of no use later
+        except ChannelClosed:  # the parent is being replaced; the mount is served on
+            self._closed = True
+            self._unsent.clear()
 
 
 def drop_privileges(uid: int, gid: int) -> None:
@@ -275,6 +315,14 @@ def drop_privileges(uid: int, gid: int) -> None:
             raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
 
 
+def _bound_memory() -> None:
+    """Have the C library give back the memory of every read that is over, whichever thread it was made in, and open enough files."""
+    _libc.mallopt(_M_ARENA_MAX, 1)
+    _libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)  # said once, it stays; by itself it would grow with the first read
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4 * TASKS_MAX, hard), hard))
+
+
 def serve_tree(
     channel: Channel,
     fuse_descriptor: int,
@@ -282,12 +330,15 @@ def serve_tree(
     table: ObjectTable,
     source: Source,
     beside: Callable[[Callable[[Message], None]], Awaitable[None]] | None = None,
+    tell_again_s: float = math.inf,
 ) -> None:
     """Serve until the mount is gone.  It takes a closed channel for a parent that is being replaced, and goes on.
 
-    `beside` runs as long, once the server serves; what it is given tells the parent a message, without waiting.
+    `beside` runs as long, once the server serves; what it is given tells the parent a message, without waiting.  `tell_again_s`: as for
+    `Reads`.
     """
-    trio.run(_serve_tree, channel, fuse_descriptor, arguments, table, source, beside)
+    _bound_memory()
+    trio.run(_serve_tree, channel, fuse_descriptor, arguments, table, source, beside, tell_again_s)
 
 
 async def _serve_tree(
@@ -297,9 +348,10 @@ async def _serve_tree(
     table: ObjectTable,
     source: Source,
     beside: Callable[[Callable[[Message], None]], Awaitable[None]] | None,
+    tell_again_s: float,
 ) -> None:
     report = Report(channel)
-    reads = Reads(table, source, arguments.read_timeout_s, report.tell)
+    reads = Reads(table, source, arguments.read_timeout_s, report.tell, tell_again_s)
     connected = trio.Event()
     feeder, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     session_descriptor = session.detach()

@@ -37,7 +37,9 @@ class Progress(Message, frozen=True):
 
 
 class ReadFailed(Message, frozen=True):
-    """Reads of the object `key` ended in EIO.  Each reason of an object is told once."""
+    """Reads of the object `key` ended in EIO.  It is said before the reader has its EIO; each reason of an object once for a workspace,
+    and for an image, whose tasks come and go, again when it comes again.
+    """
 
     key: str
     reason: str

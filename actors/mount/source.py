@@ -5,6 +5,9 @@ the task may have opened the file before it was written to.  Nothing about the s
 FIFOs where files were.  Each component is opened by the descriptor of the one before, without following links and without waiting,
 and a file's content is given out only when its inode, size and modification time are the listed ones before the read *and* after it.
 (What a writer changes through a shared memory mapping without moving the time cannot be seen by anybody.)
+
+A store may be slow or hang, as a whole or in parts, and a server's memory is bounded.  So who waits for the store holds no content: a
+thread brings the file's bytes into the page cache.  What is there is read to be answered, a few reads at a time, and waits for nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ import os
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import msgspec
 import trio
@@ -22,8 +28,14 @@ from actors.lazytree.server import SourceError
 from actors.lazytree.table import Row
 from actors.mount.listing import aside_name
 
+T = TypeVar("T")
+
 KEPT_OPEN_MAX = 64
-THREADS_MAX = 24  # each may hold one read's bytes (1 MiB)
+WAITING_MAX = 512  # reads that wait for the store, each in a thread of its own
+WAITING_OF_ONE_MAX = 2  # of these for one file: a thread that hangs outlives its read, and the reader may ask again and again
+READY_MAX = 12  # reads of what is in the page cache, up to 1 MiB each
+SMALL_BYTES_MAX = 32 << 10  # so little may be held while waiting for the store
+TRIES_MAX = 3  # to read from the page cache what was brought there a moment ago
 
 _CHANGED = "changed in the store since the task began"
 # Missing; no directory on the way; a link; a socket, or a device that is not there.
@@ -60,17 +72,27 @@ class DirectorySource:
         self._aside = aside
         self._store = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._decoder = msgspec.msgpack.Decoder(StoredFile)
-        self._limiter = trio.CapacityLimiter(THREADS_MAX)
+        self._waiting = trio.CapacityLimiter(WAITING_MAX)
+        self._waiting_of: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()  # by index, while there is one
+        self._ready = trio.CapacityLimiter(READY_MAX)
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, _Open] = OrderedDict()  # by index, the longest unused first
 
-    async def read(self, index: int, row: Row, offset: int, size: int) -> bytes:
+    async def read(self, index: int, row: Row, offset: int, size: int) -> bytes | bytearray:
         """`size` bytes at `offset` of the file in `row`.  Raises SourceError when they are not the listed version's."""
         stored = self._decoder.decode(row.source)
+        turn = _Turn(self._waiting_of.setdefault(index, trio.CapacityLimiter(WAITING_OF_ONE_MAX)), self._waiting)
         try:
-            return await trio.to_thread.run_sync(
-                self._read, index, stored, offset, size, abandon_on_cancel=True, limiter=self._limiter
-            )
+            file = self._kept_open(index)
+            if file is None and size <= SMALL_BYTES_MAX:
+                return await _in_thread(turn, self._read, index, stored, offset, size)
+            for _ in range(TRIES_MAX):
+                if file is not None:
+                    data = await _in_thread(self._ready, _read_ready, file, stored, offset, size)
+                    if data is not None:
+                        return data
+                file = await _in_thread(turn, self._bring, index, stored, offset, size)
+            return await _in_thread(self._ready, self._read, index, stored, offset, size)
         except OSError as error:
             raise SourceError(f"{_readable(stored.path)}: cannot be read in the store: {error.strerror}") from None
 
@@ -83,11 +105,24 @@ class DirectorySource:
             raise SourceError(f"{_readable(stored.path)}: {_CHANGED}")
         return data
 
-    def _opened(self, index: int, stored: StoredFile) -> _Open:
+    def _bring(self, index: int, stored: StoredFile, offset: int, size: int) -> _Open:
+        """Open the file, and bring the bytes into the page cache."""
+        file = self._opened(index, stored)
+        _check(file, stored)
+        end = offset + size
+        while offset < end and (piece := os.pread(file.descriptor, min(SMALL_BYTES_MAX, end - offset), offset)):
+            offset += len(piece)
+        return file
+
+    def _kept_open(self, index: int) -> _Open | None:
         with self._lock:
             if index in self._kept:
                 self._kept.move_to_end(index)
-                return self._kept[index]
+            return self._kept.get(index)
+
+    def _opened(self, index: int, stored: StoredFile) -> _Open:
+        if (kept := self._kept_open(index)) is not None:
+            return kept
         file = self._found(stored)  # without the lock: a store may be slow, others need not wait for it
         with self._lock:
             self._kept[index] = file
@@ -125,6 +160,48 @@ class DirectorySource:
         finally:
             if directory != self._store:
                 os.close(directory)
+
+
+def _read_ready(file: _Open, stored: StoredFile, offset: int, size: int) -> bytearray | None:
+    """The bytes, if the page cache has all of them (or the file system cannot say).  Raises SourceError, OSError."""
+    _check(file, stored)
+    data = bytearray(size)
+    try:
+        try:
+            count = os.preadv(file.descriptor, [data], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            count = os.preadv(file.descriptor, [data], offset)
+    except BlockingIOError:
+        return None
+    _check(file, stored)
+    return data if count == size else None
+
+
+class _Turn:
+    """A limiter that is two: of one file's threads, then of all."""
+
+    def __init__(self, one: trio.CapacityLimiter, all_: trio.CapacityLimiter) -> None:
+        self._one, self._all = one, all_
+
+    async def acquire_on_behalf_of(self, borrower: object) -> None:
+        await self._one.acquire_on_behalf_of(borrower)
+        try:
+            await self._all.acquire_on_behalf_of(borrower)
+        except BaseException:
+            self._one.release_on_behalf_of(borrower)
+            raise
+
+    def release_on_behalf_of(self, borrower: object) -> None:
+        self._all.release_on_behalf_of(borrower)
+        self._one.release_on_behalf_of(borrower)
+
+
+async def _in_thread(limiter: trio.CapacityLimiter | _Turn, function: Callable[..., T], *arguments: Any) -> T:
+    return await trio.to_thread.run_sync(
+        function, *arguments, abandon_on_cancel=True, limiter=cast(trio.CapacityLimiter, limiter)
+    )
 
 
 def _is(file: _Open, stored: StoredFile) -> bool:

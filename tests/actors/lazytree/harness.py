@@ -165,6 +165,16 @@ class Tree:
         )
         self.servers: list[Server] = []
 
+    def list(self, paths: dict[str, str]) -> None:
+        """Serve the objects of these names, whose keys are known, with what lies at these paths of the store now."""
+        rows = []
+        for name, path in paths.items():
+            status = in_child(lambda path=path: os.stat(self.home / "store" / path))  # type: ignore[misc]
+            version = StoredFile(path.encode(), status.st_ino, status.st_size, status.st_mtime_ns)
+            rows.append(Row(self.keys[name], status.st_size, msgspec.msgpack.encode(version)))
+        with open(self.home / "table", "wb") as file:
+            write_table(file, rows)
+
     def serve(self, entry: Entry) -> Server:
         """A server, the first or a replacement, that is Ready."""
         replacement = bool(self.servers)
