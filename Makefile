@@ -80,5 +80,5 @@ soak: setup
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -rf --one-file-system /var/tmp/aerie-demo
+	rm -rf --one-file-system /var/tmp/aerie-demo /var/tmp/aerie-bench
 	find . -name __pycache__ -prune -exec rm -rf {} +
