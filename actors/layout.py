@@ -19,6 +19,11 @@ class Layout:
         return self.state / "aerie.db"
 
     @property
+    def reserve(self) -> Path:
+        """Space for the database when the disk is full."""
+        return self.state / "reserve"
+
+    @property
     def workspaces(self) -> Path:
         """The stores: one directory to each NAME."""
         return self.state / "workspaces"

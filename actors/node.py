@@ -52,6 +52,7 @@ from supervisor.keeper import EXIT_REFUSES
 from supervisor.lockfile import LockFile
 from supervisor.notify import notify
 from supervisor.processes import ProcessTable
+from supervisor.reserve import Reserve
 from supervisor.spec import ChildSpec
 from supervisor.store import SchemaTooNew, Store
 from supervisor.tree import Supervisor, System
@@ -59,6 +60,7 @@ from supervisor.watch import Watcher
 
 LISTENER = "listener/gateway"
 STOP_TIMEOUT_S = 30.0
+RESERVE_BYTES = 8 << 20  # for the results of all tasks that may run at once, twice: in SQLite's log, and in the database
 
 
 def main() -> int:
@@ -114,10 +116,13 @@ def gather(settings: Settings, layout: Layout) -> Services:
         layout.run / "keeper.sock", process_argv("stand-in", str(settings.daemon.drain_timeout_s)), watcher
     )
     descriptors.connect()
+    reserve = Reserve(layout.reserve, RESERVE_BYTES)
+    reserve.hold()
     return Services(
         settings=settings,
         layout=layout,
-        store=Store(str(layout.database), MIGRATIONS),
+        store=Store(str(layout.database), MIGRATIONS, reserve.release),
+        reserve=reserve,
         descriptors=descriptors,
         isolation=Isolation(str(layout.run / "forkserver.sock")),
         watcher=watcher,

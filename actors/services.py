@@ -9,6 +9,7 @@ from actors.settings import Settings
 from supervisor.descriptors import Descriptors
 from supervisor.isolation import Isolation
 from supervisor.processes import ProcessTable
+from supervisor.reserve import Reserve
 from supervisor.store import Store
 from supervisor.watch import Watcher
 
@@ -29,6 +30,7 @@ class Services:
     settings: Settings
     layout: Layout
     store: Store
+    reserve: Reserve
     descriptors: Descriptors
     isolation: Isolation
     watcher: Watcher

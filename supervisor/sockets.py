@@ -17,7 +17,7 @@ def listen_at(path: Path, kind: int) -> socket.socket:
     It listens before it has that name: who waits for the name to appear is never refused.
     """
     listener = socket.socket(socket.AF_UNIX, kind)
-    unnamed = path.with_name(f".{path.name}.{os.getpid()}")
+    unnamed = path.with_name(f".{os.getpid()}")  # short: an address has 108 bytes, and `path` may need all of them
     unnamed.unlink(missing_ok=True)
     listener.bind(str(unnamed))
     unnamed.chmod(0o600)

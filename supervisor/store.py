@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -26,10 +26,13 @@ class SchemaTooNew(Exception):
 class Store:
     """The database at `path`.  `migrations[n]` is the SQL script that takes schema version n to n + 1.
 
+    `make_room` is called when the disk is full, in the writer's thread, and says whether it is worth trying again.
+
     Raises SchemaTooNew, and sqlite3.Error when it is no database or cannot be opened.
     """
 
-    def __init__(self, path: str, migrations: Sequence[str]) -> None:
+    def __init__(self, path: str, migrations: Sequence[str], make_room: Callable[[], bool] = lambda: False) -> None:
+        self._make_room = make_room
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=FULL")
@@ -87,8 +90,8 @@ class Store:
                     for sql, values in statements:
                         self._database.execute(sql, values)
                 except sqlite3.Error as error:
-                    if not self._database.in_transaction:
-                        raise  # SQLite gave the whole group up, as it does when the disk is full
+                    if not self._database.in_transaction or _is_full(error):
+                        raise  # SQLite gave the whole group up, or nothing of it could be written
                     failed[number] = error
                     self._database.execute("ROLLBACK TO request")
                 self._database.execute("RELEASE request")
@@ -97,8 +100,16 @@ class Store:
             failed = dict.fromkeys(range(len(group)), error)
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
+            if _is_full(error) and self._make_room():
+                self._commit(group)
+                return
         for number, (_, done) in enumerate(group):
             if number in failed:
                 done.set_exception(failed[number])
             else:
                 done.set_result(None)
+
+
+def _is_full(error: sqlite3.Error) -> bool:
+    """Whether there may be no space: for its log SQLite says so, for the log's index, or when it cannot roll back, only that I/O failed."""
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)

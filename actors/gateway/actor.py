@@ -231,6 +231,15 @@ class GatewayActor(Actor):
         except QueueFull as error:
             self._fail(client, request, "busy", str(error))
             return
+        if not self._services.reserve.is_spare():
+            # What is left is for the results of tasks that were taken before.
+            self._fail(
+                client,
+                request,
+                "disk_full",
+                f"no task is taken while {self._services.layout.state} is full: free space on its disk",
+            )
+            return
         now = time.time()
         task = Task(request.task, request.spec, pending(request.task, now, None), self._ledger.next_number())
         self._ledger.tasks[task.task] = task
@@ -255,9 +264,7 @@ class GatewayActor(Actor):
         if error is not None:
             self._ledger.forget([task])
             for client, request in asked:
-                self._fail(
-                    client, request, "internal", f"the task could not be recorded: {error}; free space in the state directory"
-                )
+                self._fail(client, request, "internal", f"the task could not be recorded: {error}")
             return
         self._ledger.add(known)
         for client, request in asked:

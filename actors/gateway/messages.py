@@ -41,6 +41,7 @@ FailureKind = Literal[
     "unknown_lease",
     "conflict",  # the id is taken by a task with other content
     "busy",  # the queue is full; try again later
+    "disk_full",  # no task is taken that could not be recorded
     "draining",  # the daemon is stopping and takes no new tasks
     "image",  # MountImage only: the image could not be found, fetched, unpacked or mounted
     "internal",  # the daemon's fault; its log has the traceback
@@ -55,6 +56,7 @@ EXIT_CODES: Final[dict[FailureKind, int]] = {
     "unknown_lease": 4,
     "conflict": 5,
     "busy": 75,  # EX_TEMPFAIL
+    "disk_full": 74,  # EX_IOERR
     "draining": 75,
     "image": 125,
     "internal": 70,  # EX_SOFTWARE

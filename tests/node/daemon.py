@@ -172,6 +172,12 @@ class Daemon:
                 return pid
         raise TimeoutError(name)
 
+    def wait_running(self, task: str) -> None:
+        """Wait until a task's command has been started."""
+        deadline = time.monotonic() + PATIENCE_S
+        while b'"running"' not in (shown := self.command("result", "--json", task)).stdout:
+            assert time.monotonic() < deadline, shown
+
     def clear_away(self) -> None:
         """End and unmount everything, after a failure that left it in no state to do so itself."""
         while pids := self.processes():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from actors.gateway.client import Client, RequestFailed
-from actors.gateway.messages import ANSWERS, FRAME_BYTES_MAX, Ended, Failed, ListTasks, Ready, Submit
+from actors.gateway.messages import ANSWERS, FRAME_BYTES_MAX, Ended, Failed, ListTasks, Ready, Stop, Submit
 from supervisor.frames import LENGTH, Codec, FrameBuffer
 from tests.actors.image.images import RunningRegistry, digest, member, symlink, tar
 from tests.node.daemon import Daemon, running
@@ -199,7 +201,8 @@ def test_more_clients_than_the_bound_are_turned_away(tmp_path: Path, image: str)
 # --- a full disk ---
 
 
-def test_a_full_state_disk_fails_tasks_clearly_and_is_outlived(tmp_path: Path, image: str) -> None:
+@contextmanager
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     picture = tmp_path / "disk.img"
@@ -208,32 +211,58 @@ def test_a_full_state_disk_fails_tasks_clearly_and_is_outlived(tmp_path: Path, i
     subprocess.run(["mkfs.ext4", "-q", picture], check=True)
     subprocess.run(["mount", "-o", "loop", picture, disk], check=True)
     try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take every byte of a disk, down to the last → the file that has them."""
+    ballast = disk / "ballast"
+    with open(ballast, "wb", buffering=0) as file:
+        for size_bytes in (1 << 20, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(bytes(size_bytes))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+    return ballast
+
+
+def test_a_full_state_disk_takes_no_task_and_is_outlived(tmp_path: Path, image: str) -> None:
+    with small_disk(tmp_path) as disk:
         home = disk / "home"
         home.mkdir()
         with running(home, image) as daemon:
             assert daemon.run("true").exit_code == 0
             daemon.wait_released()
-            ballast = disk / "ballast"
-            with open(ballast, "wb") as file:
-                try:
-                    while True:
-                        file.write(bytes(1 << 16))
-                        file.flush()
-                except OSError:
-                    pass
-            outcomes = []
-            for number in range(3):
-                try:
-                    result = daemon.run("echo x > file; echo y > /tmp/z", workspace="full", task=f"full-{number}")
-                    outcomes.append((result.state, result.sync))
-                except RequestFailed as refused:
-                    outcomes.append((refused.kind, str(refused)))
-            assert all(outcome != ("stopped", "synced") for outcome in outcomes), outcomes
+            ballast = fill(disk)
+            for _ in range(3):
+                with pytest.raises(RequestFailed, match=f"{daemon.state} is full: free space") as refused:
+                    daemon.run("true")
+                assert refused.value.kind == "disk_full"
             ballast.unlink()
             assert daemon.run("echo kept > file", workspace="after").sync == "synced"
             daemon.wait_released()
-    finally:
-        subprocess.run(["umount", disk], check=True)
+
+
+def test_tasks_that_run_when_the_state_disk_fills_have_their_results(tmp_path: Path, image: str) -> None:
+    with small_disk(tmp_path) as disk:
+        home = disk / "home"
+        home.mkdir()
+        with running(home, image) as daemon:
+            tasks = [daemon.submit("until [ -e /tmp/go ]; do sleep 0.1; done; exit 7") for _ in range(8)]
+            for task in tasks:
+                daemon.wait_running(task)
+            fill(disk)
+            for task in tasks:
+                daemon.client.ask(Stop(daemon.client.number(), task, force=True), timeout_s=20)
+            assert {daemon.result(task).reason for task in tasks} == {"cancelled"}
+            daemon.close_client()
+            os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
+            assert {daemon.result(task).reason for task in tasks} == {"cancelled"}  # they are durable
+            (disk / "ballast").unlink()
+            daemon.wait_released()
 
 
 def test_an_ended_answer_is_the_same_however_often_it_is_asked(daemon: Daemon) -> None:

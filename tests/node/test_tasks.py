@@ -101,7 +101,7 @@ def test_stop_lets_a_task_that_listens_finish(daemon: Daemon) -> None:
 
 def test_stop_kills_at_once_where_nobody_would_hear_it(daemon: Daemon) -> None:
     task = daemon.submit(["/bin/sleep", "300"])
-    wait_running(daemon, task)
+    daemon.wait_running(task)
     began = time.monotonic()
     assert stop(daemon, task).reason == "cancelled"
     assert time.monotonic() - began < 5  # and not the grace period of 10 s
@@ -248,11 +248,6 @@ def wait_for_output(daemon: Daemon, task: str, text: bytes) -> None:
             follower.wait(1.0)
     assert follower is not None
     follower.close()
-
-
-def wait_running(daemon: Daemon, task: str) -> None:
-    while daemon.command("result", "--json", task).stdout.find(b'"running"') < 0:
-        pass
 
 
 def test_a_workspace_that_is_all_there_is_served_only_when_a_task_stays(daemon: Daemon) -> None:

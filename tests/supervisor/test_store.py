@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from supervisor.reserve import Reserve
 from supervisor.store import SchemaTooNew, Store
 
 SCHEMA = ["CREATE TABLE lines (number INTEGER PRIMARY KEY, text TEXT)"]
@@ -90,6 +92,35 @@ def test_what_was_acknowledged_survives_sigkill(path: str) -> None:
     store = Store(path, SCHEMA)
     assert store.read("SELECT max(number) FROM lines")[0][0] >= int.from_bytes(acknowledged, "big")
     store.close()
+
+
+def test_on_a_full_disk_what_is_held_back_is_used(tmp_path: Path) -> None:
+    picture, disk = tmp_path / "picture", tmp_path / "disk"
+    disk.mkdir()
+    with open(picture, "wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", picture], check=True)
+    subprocess.run(["mount", "-o", "loop", picture, disk], check=True)
+    try:
+        reserve = Reserve(disk / "reserve", 2 << 20)
+        assert reserve.hold() and reserve.hold() and reserve.is_spare()
+        store = Store(str(disk / "store.db"), SCHEMA, reserve.release)
+        with open(disk / "ballast", "wb", buffering=0) as file:
+            with pytest.raises(OSError):
+                while True:
+                    file.write(bytes(4096))
+            assert reserve.hold() and not reserve.is_spare()
+            number = 0
+            while (disk / "reserve").exists():
+                number += 1
+                store.write(("INSERT INTO lines VALUES (?, ?)", (number, "x" * 10_000))).result(5)
+            assert store.read("SELECT count(*) FROM lines") == [(number,)]
+            assert not reserve.hold() and not (disk / "reserve").exists()
+            file.truncate(0)
+        assert reserve.hold() and reserve.release() and not reserve.release()
+        store.close()
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_full_disk_is_an_error_of_the_request_and_the_store_goes_on(path: str) -> None:
