@@ -61,7 +61,7 @@ def process(name: str, arguments: list[str]) -> int:
         case "root":
             from actors.node import main as supervise
 
-            return supervise()
+            return supervise(process_argv)
         case "check":
             return check()
     raise ValueError(name)

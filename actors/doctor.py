@@ -1,6 +1,6 @@
 """`run.py doctor`: whether this host has what the daemon needs, found out by trying it.
 
-Each check gives one :class:`Finding`.  The quick ones, which only look, are also what the daemon does before it starts
+Each check gives one :class:`actors.trials.Finding`.  The quick ones, which only look, are also what the daemon does before it starts
 (`missing_parts`); the others mount, in a mount namespace of their own, so that nothing is left however this ends.
 """
 
@@ -13,12 +13,12 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from actors.sandbox import cgroup, runtimes
 from actors.settings import Settings
+from actors.trials import Finding, try_everything
 
 KERNEL_MIN: Final = (6, 12)
 CONMON_MIN: Final = (2, 1, 6)  # Debian 12's; no older one was tried
@@ -26,22 +26,6 @@ VERSION_TIMEOUT_S: Final = 10.0
 FILE_SYSTEMS: Final = ("erofs", "fuse", "overlay")
 # On the first three, EROFS does not mount a file (ENOTBLK); the others are not this host's alone.
 NOT_FOR_STATE: Final = ("overlay", "tmpfs", "ramfs", "nfs", "nfs4", "9p")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found of one part.  `required`: without it no daemon starts."""
-
-    part: str
-    found: str
-    needed: str
-    ok: bool
-    cure: str = ""
-    required: bool = True
-
-    @property
-    def missing(self) -> bool:
-        return self.required and not self.ok
 
 
 Check = Callable[[Settings], Finding]
@@ -71,8 +55,6 @@ def examine(settings: Settings) -> list[Finding]:
     findings = [check(settings) for check in LOOKED_AT]
     findings += [_runtime(settings, name) for name in runtimes.PROGRAMS]
     if os.geteuid() == 0:
-        from actors.trials import try_everything
-
         findings += try_everything(existing(Path(settings.state.dir)))
     return findings
 

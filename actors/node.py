@@ -28,7 +28,6 @@ from pathlib import Path
 
 from loguru import logger
 
-from actors.daemon import process_argv
 from actors.gateway.actor import Drain, GatewayActor
 from actors.gateway.local import listen
 from actors.gateway.messages import SOCKET_NAME
@@ -63,8 +62,11 @@ STOP_TIMEOUT_S = 30.0
 RESERVE_BYTES = 8 << 20  # for the results of all tasks that may run at once, twice: in SQLite's log, and in the database
 
 
-def main() -> int:
-    """Be the root supervisor → the exit code: 0 after a drain, EXIT_REFUSES when starting again would not help."""
+def main(argv_of: Callable[..., list[str]]) -> int:
+    """Be the root supervisor → the exit code: 0 after a drain, EXIT_REFUSES when starting again would not help.
+
+    `argv_of`: how a process of the daemon is started, by its name and arguments.
+    """
     logger.remove()
     logger.add(
         sys.stderr, format="{time:YYYY-MM-DDTHH:mm:ss.SSS} {level} {message}", level="INFO", backtrace=False, diagnose=False
@@ -78,7 +80,7 @@ def main() -> int:
     if not lock.acquire():
         return 1  # another one lives; the keeper finds it by this lock
     try:
-        services = gather(settings, layout)
+        services = gather(settings, layout, argv_of("stand-in", str(settings.daemon.drain_timeout_s)))
     except SchemaTooNew as error:
         logger.error("{}", error)
         return EXIT_REFUSES
@@ -99,7 +101,7 @@ def main() -> int:
     return 0
 
 
-def gather(settings: Settings, layout: Layout) -> Services:
+def gather(settings: Settings, layout: Layout, stand_in_argv: list[str]) -> Services:
     """Everything that the actors share.  Raises SchemaTooNew, OSError."""
     for directory in (
         layout.state,
@@ -112,9 +114,7 @@ def gather(settings: Settings, layout: Layout) -> Services:
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     watcher = Watcher()
     watcher.start()
-    descriptors = Descriptors(
-        layout.run / "keeper.sock", process_argv("stand-in", str(settings.daemon.drain_timeout_s)), watcher
-    )
+    descriptors = Descriptors(layout.run / "keeper.sock", stand_in_argv, watcher)
     descriptors.connect()
     reserve = Reserve(layout.reserve, RESERVE_BYTES)
     reserve.hold()

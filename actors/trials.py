@@ -11,10 +11,10 @@ import os
 import select
 import stat
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from actors.doctor import Finding
 from actors.lazytree import erofs, mounts
 from supervisor.pidfd import open_pidfd, wait_status
 
@@ -23,6 +23,22 @@ EXIT_TIMEOUT_S: Final = 10.0
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one part.  `required`: without it no daemon starts."""
+
+    part: str
+    found: str
+    needed: str
+    ok: bool
+    cure: str = ""
+    required: bool = True
+
+    @property
+    def missing(self) -> bool:
+        return self.required and not self.ok
 
 
 def try_everything(disk: Path) -> list[Finding]:
