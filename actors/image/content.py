@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from typing import BinaryIO
 
 import msgspec
@@ -77,7 +78,7 @@ class Contents:
             chunks = b""
         else:
             with self._objects.create() as file:
-                key, chunks = _copy(stream, entry, file)
+                key, chunks = copy_content(stream.read_exactly, entry.size, entry.stored, entry.extents, file)
                 self._objects.publish(file, key)
         if key not in self.rows:
             source = self._encoder.encode(LayerContent(layer, entry.offset, chunks, entry.extents))
@@ -87,21 +88,26 @@ class Contents:
         return key
 
 
-def _copy(stream: LayerStream, entry: Entry, file: BinaryIO) -> tuple[str, bytes]:
-    """Copy the entry's data into the file, holes left out; returns its key and the digests of its chunks."""
+def copy_content(
+    read: Callable[[int], bytes], size: int, stored: int, extents: list[tuple[int, int]] | None, file: BinaryIO
+) -> tuple[str, bytes]:
+    """Copy an object of `size` bytes, `stored` of them to be read, into the file, holes left out.
+
+    Returns its key and the digests of its chunks.  `read` gives the next so many bytes.
+    """
     whole = hashlib.sha256()
-    if entry.extents is not None:
-        whole.update(_SPARSE + struct.pack("<Q", entry.size) + b"".join(_EXTENT.pack(*extent) for extent in entry.extents))
-        file.truncate(entry.size)
+    if extents is not None:
+        whole.update(_SPARSE + struct.pack("<Q", size) + b"".join(_EXTENT.pack(*extent) for extent in extents))
+        file.truncate(size)
     digests = []
-    ahead = list(reversed(entry.extents or ()))
-    left = entry.stored
+    ahead = list(reversed(extents or ()))
+    left = stored
     while left:
-        chunk = stream.read_exactly(min(left, CHUNK_BYTES))
+        chunk = read(min(left, CHUNK_BYTES))
         left -= len(chunk)
         whole.update(chunk)
         digests.append(hashlib.sha256(chunk).digest())
-        if entry.extents is None:
+        if extents is None:
             file.write(chunk)
         else:
             _scatter(chunk, ahead, file)

@@ -1,15 +1,34 @@
 """The spool of an image mount: where its server keeps what it has fetched until its parent has published it.
 
-A sparse file without a name, on the file system of OBJECTS.  The server writes to it (it has dropped its privileges and cannot write to
-OBJECTS), its successor goes on with it, the parent copies whole objects out of it.
+A sparse file without a name, on the file system of OBJECTS, in which every object of the image has a place of its own.  The server
+writes to it (it has dropped its privileges and cannot write to OBJECTS), its successor goes on with it, the parent copies whole
+objects out of it.  Nothing is recorded of what is in it: bytes are there if no hole is, and are the right ones if their digest is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import accumulate
 
+from actors.image.archive import Archive
+from actors.image.checkpoints import Spans
+from actors.image.content import LayerContent, copy_content, decode_content, stored_bytes
 from actors.lazytree.objects import Objects
+from actors.lazytree.table import Row
+
+PAGE_BYTES = 4096
+_TAR_RECORD_BYTES = 512
+# An object's data begins at a record of its layer, and at least one more record is between it and the next one's.
+_SCALE = PAGE_BYTES // _TAR_RECORD_BYTES
+PUBLISHED_BYTES_MAX, PUBLISHED_MAX = 256 << 20, 2048  # in one call; the order of seconds on a slow disk
+_PUNCH_HOLE, _KEEP_SIZE = 2, 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def create(objects_directory: str) -> int:
@@ -17,11 +36,111 @@ def create(objects_directory: str) -> int:
     return os.open(objects_directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
+class Spool:
+    """A spool, by its descriptor, which stays the caller's.  Thread-safe."""
+
+    def __init__(self, descriptor: int, spans: Spans) -> None:
+        self._descriptor = descriptor
+        # Of each layer, in the whole of the image's layers.
+        self._starts = list(accumulate((layer.size_bytes for layer in spans.layers[:-1]), initial=0))
+        self._spans = spans
+
+    def place(self, content: LayerContent) -> int:
+        """Where the content of an object begins in the spool."""
+        return _SCALE * (self._starts[content.layer] + content.offset)
+
+    def write(self, place: int, data: memoryview) -> None:
+        """Raises OSError (no space)."""
+        while data:
+            written = os.pwrite(self._descriptor, data, place)
+            data, place = data[written:], place + written
+
+    def read(self, place: int, size: int) -> bytes | None:
+        """The bytes there, right or not; None when some of them are missing."""
+        if not self.has(place, size):
+            return None
+        data = os.pread(self._descriptor, size, place)
+        return data if len(data) == size else None
+
+    def has(self, place: int, size: int) -> bool:
+        """Whether something, right or not, is in each page of that place."""
+        try:
+            return os.lseek(self._descriptor, place, os.SEEK_HOLE) >= place + size
+        except OSError:
+            return False  # behind the end
+
+    def free(self, place: int, size: int) -> None:
+        """Give up what is there.  Raises OSError."""
+        if _libc.fallocate(self._descriptor, _PUNCH_HOLE | _KEEP_SIZE, place, size):
+            raise OSError(ctypes.get_errno(), f"fallocate: {os.strerror(ctypes.get_errno())}")
+
+    def free_object(self, row: Row, content: LayerContent) -> None:
+        """Give up all of an object, with its last page, which is no other's.  Raises OSError."""
+        stored = stored_bytes(row, content)
+        self.free(self.place(content), stored + -stored % PAGE_BYTES)
+
+    def clear(self) -> None:
+        os.ftruncate(self._descriptor, 0)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the file system."""
+        return os.fstat(self._descriptor).st_blocks * 512
+
+    def objects(self) -> Iterator[tuple[int, Row, LayerContent]]:
+        """The objects of which something is there."""
+        place = 0
+        while True:
+            try:
+                place = os.lseek(self._descriptor, place, os.SEEK_DATA)
+            except OSError:
+                return  # no more
+            place -= place % PAGE_BYTES
+            layer = bisect_right(self._starts, place // _SCALE) - 1
+            offset = place // _SCALE - self._starts[layer]
+            for index, row, content in self._spans.objects(layer, offset, offset + 1):
+                yield index, row, content
+                place = self.place(content) + stored_bytes(row, content)
+            place += PAGE_BYTES - place % PAGE_BYTES
+
+
 def publish(archive: str, spool: int, objects: Objects, rows: Sequence[int]) -> list[int]:
     """Publish objects that a server has `Completed`: copied out, checked against their key, named; not yet durable.
 
     Blocks, for as long as it takes to copy and hash them: call it in a worker thread or a process.  Returns the rows for the
-    `Taken` to answer with: all of them, also those whose content is not theirs, which are not published.  Raises OSError (no space),
-    ArchiveInvalid.
+    `Taken` to answer with, as many as were done within PUBLISHED_BYTES_MAX and PUBLISHED_MAX: also those whose content is not theirs,
+    which are not published.  Raises OSError (no space), ArchiveInvalid.
     """
-    raise NotImplementedError
+    opened = Archive.open(archive, checked=True)
+    with closing(opened.objects()) as table, closing(opened.spans(table)) as spans:
+        taken, left_bytes = [], PUBLISHED_BYTES_MAX
+        for index in rows[:PUBLISHED_MAX]:
+            if left_bytes <= 0:
+                break
+            if 0 <= index < len(table):  # the server is nobody whom to believe
+                row = table.row(index)
+                if not objects.has(row.key):
+                    left_bytes -= _publish(Spool(spool, spans), objects, row)
+            taken.append(index)
+        return taken
+
+
+def _publish(spool: Spool, objects: Objects, row: Row) -> int:
+    """→ how many bytes were read."""
+    content = decode_content(row)
+    stored = stored_bytes(row, content)
+    place = spool.place(content)
+
+    def read(size: int) -> bytes:
+        nonlocal place
+        # What is hashed is what is written: the server could change the spool in between.
+        data = spool.read(place, size)
+        place += size
+        return data if data is not None else bytes(size)
+
+    if spool.has(place, stored):
+        with objects.create() as file:
+            key, _ = copy_content(read, row.size_bytes, stored, content.extents, file)
+            if key == row.key:
+                objects.publish(file, key)
+    return stored

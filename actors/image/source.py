@@ -1,0 +1,401 @@
+"""The content of an image, fetched from the registry as it is read: the Source of an image mount.
+
+    OBJECTS → the spool → a range of an unmodified layer, by way of the spool
+
+What is read is a *chunk* of an object (`content.CHUNK_BYTES`); it is answered from memory in which its digest has just been found
+right.  What is fetched is a *span* of a layer (`checkpoints`), or several that follow one another; all of it that belongs to
+objects goes to the spool, checked or not, so nothing is fetched twice because a chunk and a span do not end together, or because
+its readers wanted other parts or objects of it.  Who wants a span that is on its way waits for it.
+
+Bounds.  A read holds no bytes before all that it needs is in the spool, and then it takes its turn (LOADS_MAX); a fetch holds one piece
+and one block (FETCHES_MAX), however long it is.  Reads of what is there never wait for a fetch.  The spool is held to its bound
+by giving up what was fetched first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import traceback
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
+
+import trio
+
+from actors.image.checkpoints import Spans
+from actors.image.content import CHUNK_BYTES, LayerContent, decode_content, stored_bytes
+from actors.image.errors import ContentCorrupt, ImageError
+from actors.image.inflate import inflate_from
+from actors.image.registry import Registry
+from actors.image.spool import Spool
+from actors.lazytree.objects import Objects
+from actors.lazytree.server import SourceError
+from actors.lazytree.table import ObjectTable, Row
+
+T = TypeVar("T")
+
+LOADS_MAX = 6  # reads that are answered at once; each holds up to 3 MiB
+FETCHES_MAX = 12  # ranges on their way at once; each holds 1 MiB
+RUN_BYTES_MAX = 4 << 20  # decompressed bytes, about, that one range is for
+BLOCK_BYTES = 256 << 10
+ROUNDS_MAX = 16  # of fetching what somebody then took away
+
+
+class _Missing(NamedTuple):
+    """Why a read cannot be answered yet: its `chunk` of the object is not there, or is not right.
+
+    `spans` are all that what is left of the read needs, from this chunk on; in those of `holes`, something of it is missing.
+    """
+
+    chunk: int
+    spans: range
+    holes: list[int]
+
+
+class _Flight:
+    """Spans on their way, and how many wait for them."""
+
+    def __init__(self, layer: int, first: int, last: int) -> None:
+        self.layer, self.first, self.last = layer, first, last
+        self.landed = trio.Event()
+        self.error = ""
+        self.waiting = 0
+        self.scope = trio.CancelScope()
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        return [(self.layer, number) for number in range(self.first, self.last + 1)]
+
+
+class RegistrySource:
+    """Content of the objects in `table`, which lie in `spans` of the layers with these digests of the image `reference`.
+
+    `objects`: OBJECTS' descriptor.  `connect` makes a client for the image's repository; up to FETCHES_MAX of them are used at once.
+    `timeout_s` is for one range.  `completed` is told, in trio's thread, of objects that are whole in the spool.  `run` it.
+    """
+
+    def __init__(
+        self,
+        table: ObjectTable,
+        spans: Spans,
+        reference: str,
+        layers: Sequence[str],
+        spool: Spool,
+        objects: int,
+        connect: Callable[[], Registry],
+        timeout_s: float,
+        spool_bytes_max: int,
+        completed: Callable[[list[int]], None],
+    ) -> None:
+        self._table = table
+        self._spans = spans
+        self._reference = reference
+        self._layers = layers
+        self._spool = spool
+        self._objects = objects
+        self._connect = connect
+        self._timeout_s = timeout_s
+        self._spool_bytes_max = spool_bytes_max
+        self._completed = completed
+        self._loads = trio.CapacityLimiter(LOADS_MAX)
+        self._fetches = trio.CapacityLimiter(FETCHES_MAX)
+        self._flights: dict[tuple[int, int], _Flight] = {}
+        self._landings = 0
+        self._landed: dict[
+            tuple[int, int], int
+        ] = {}  # the spans that were fetched, the longest ago first: which landing it was
+        self._nursery: trio.Nursery | None = None
+        self._running = trio.Event()
+        self._giving_up = trio.Lock()
+        self._lock = threading.Lock()
+        self._idle: list[Registry] = []
+
+    async def run(self) -> None:
+        """Fetch what is wanted, for as long as this is not cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            self._running.set()
+            await trio.sleep_forever()
+
+    # --- reading ---
+
+    async def read(self, index: int, row: Row, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset` of the object, checked.  Raises SourceError."""
+        content = decode_content(row)
+        await self._running.wait()
+        for _ in range(ROUNDS_MAX):
+            looked = self._landings
+            found = await self._in_thread(self._loads, self._load, row, content, offset, size)
+            if isinstance(found, bytes):
+                return found
+            landed = {number: self._landed.get((content.layer, number), 0) for number in found.spans}
+            wanted = [number for number in found.spans if number in found.holes or not landed[number]]
+            wanted = [number for number in wanted if landed[number] <= looked]
+            flights = self._fly(content.layer, wanted, found.spans)
+            if not flights and max(landed.values()) <= looked:
+                # All of it was fetched and is there, and nobody has touched it since it was looked at.
+                raise await self._corrupt(row, content, found)
+            for flight in flights:
+                await self._arrival(flight)
+        raise SourceError(f"{self._name(row)}: given up again and again before it could be read; the spool is too small")
+
+    def _load(self, row: Row, content: LayerContent, offset: int, size: int) -> bytes | _Missing:
+        """The bytes, or what must be fetched first.  In a thread."""
+        if (ready := self._from_objects(row, offset, size)) is not None:
+            return ready
+        if content.extents is None:
+            return self._from_spool(row, content, offset, size)
+        data = bytearray(size)
+        for at, stored_at, length in _parts(content.extents, offset, size):
+            part = self._from_spool(row, content, stored_at, length)
+            if isinstance(part, _Missing):
+                return part
+            data[at : at + length] = part
+        return bytes(data)
+
+    def _from_objects(self, row: Row, offset: int, size: int) -> bytes | None:
+        try:
+            descriptor = os.open(Objects.path(row.key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._objects)
+        except FileNotFoundError:
+            return None
+        try:
+            data = os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+        return data if len(data) == size else None
+
+    def _from_spool(self, row: Row, content: LayerContent, begin: int, size: int) -> bytes | _Missing:
+        """`size` bytes from `begin` of what is stored of the object."""
+        parts, end = [], begin + size
+        for chunk in range(begin // CHUNK_BYTES, (end - 1) // CHUNK_BYTES + 1):
+            data = self._chunk(row, content, chunk)
+            first = chunk * CHUNK_BYTES
+            if data is None:
+                return self._missing(row, content, chunk, (end - 1) // CHUNK_BYTES)
+            parts.append(data[max(0, begin - first) : end - first])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _chunk(self, row: Row, content: LayerContent, chunk: int) -> bytes | None:
+        """A chunk that is in the spool, whole and right."""
+        first = chunk * CHUNK_BYTES
+        data = self._spool.read(self._spool.place(content) + first, min(CHUNK_BYTES, stored_bytes(row, content) - first))
+        expected = content.chunks[32 * chunk : 32 * chunk + 32] or bytes.fromhex(row.key)
+        return data if data is not None and hashlib.sha256(data).digest() == expected else None
+
+    def _missing(self, row: Row, content: LayerContent, chunk: int, last_chunk: int) -> _Missing:
+        layer, place = content.layer, self._spool.place(content)
+        begin = content.offset + chunk * CHUNK_BYTES
+        end = content.offset + min(stored_bytes(row, content), (last_chunk + 1) * CHUNK_BYTES)
+        spans = range(self._spans.at(layer, begin), self._spans.at(layer, end - 1) + 1)
+        holes = []
+        for number in spans:
+            first, stop = self._spans.bounds(layer, number)
+            first, stop = max(first, begin), min(stop, end)
+            if not self._spool.has(place + first - content.offset, stop - first):
+                holes.append(number)
+        return _Missing(chunk, spans, holes)
+
+    async def _corrupt(self, row: Row, content: LayerContent, found: _Missing) -> SourceError:
+        """What was fetched is not the object's; the next read will fetch it again."""
+        for number in found.spans:
+            self._landed.pop((content.layer, number), None)
+        first = found.chunk * CHUNK_BYTES
+        size = min(CHUNK_BYTES, stored_bytes(row, content) - first)
+        await self._in_thread(self._loads, self._spool.free, self._spool.place(content) + first, size)
+        return SourceError(
+            f"{self._name(row)}: the registry's copy of {self._layers[content.layer]} is damaged, or was on its way here: "
+            f"part {found.chunk + 1} of the file is not what its digest says"
+        )
+
+    def _name(self, row: Row) -> str:
+        return f"{self._reference}, content {row.key[:12]}"
+
+    # --- fetching ---
+
+    def _fly(self, layer: int, wanted: Sequence[int], needed: range) -> list[_Flight]:
+        """Who brings the spans `wanted`, and those of `needed` that are on their way already."""
+        flights: list[_Flight] = []
+        begun: list[_Flight] = []
+        for number in needed:
+            flight = self._flights.get((layer, number))
+            if flight is None:
+                if number not in wanted:
+                    continue
+                if begun and begun[-1].last == number - 1 and self._fits(begun[-1], number):
+                    flight, begun[-1].last = begun[-1], number
+                else:
+                    flight = _Flight(layer, number, number)
+                    begun.append(flight)
+                self._flights[layer, number] = flight
+            if flight not in flights:
+                flights.append(flight)
+        assert self._nursery is not None
+        for flight in begun:
+            self._nursery.start_soon(self._bring, flight)
+        return flights
+
+    def _fits(self, flight: _Flight, number: int) -> bool:
+        return self._spans.bounds(flight.layer, number)[1] - self._spans.bounds(flight.layer, flight.first)[0] <= RUN_BYTES_MAX
+
+    async def _arrival(self, flight: _Flight) -> None:
+        """Wait for a flight.  When the last one who waits has gone, it is given up.  Raises SourceError."""
+        flight.waiting += 1
+        try:
+            await flight.landed.wait()
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.landed.is_set():
+                flight.scope.cancel()
+                self._forget(flight)
+        if flight.error:
+            raise SourceError(flight.error)
+
+    def _forget(self, flight: _Flight) -> None:
+        for span in flight.spans:
+            if self._flights.get(span) is flight:
+                del self._flights[span]
+
+    async def _bring(self, flight: _Flight) -> None:
+        rows: list[int] = []
+        try:
+            with flight.scope:
+                await self._make_room()
+                rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
+                self._landings += 1
+                for span in flight.spans:
+                    self._landed.pop(span, None)
+                    self._landed[span] = self._landings
+        except SourceError as error:
+            flight.error = error.reason
+        except OSError as error:
+            flight.error = f"{self._reference}: what is fetched cannot be kept on this node: {error.strerror}"
+        except Exception as error:  # noqa: BLE001 (a fault of one fetch must not be the end of the mount)
+            traceback.print_exc()
+            flight.error = f"{self._reference}: {type(error).__name__}: {error}"
+        finally:
+            self._forget(flight)
+            flight.landed.set()
+        if rows:
+            self._completed(rows)
+
+    def _transfer(self, layer: int, first: int, last: int) -> list[int]:
+        """Fetch spans into the spool → the objects that are whole there now.  In a thread."""
+        span = self._spans.run(layer, first, last)
+        registry = self._borrow()
+        pieces = registry.stream_range(self._layers[layer], span.first, span.stop - span.first, timeout_s=self._timeout_s)
+        try:
+            blocks = pieces if span.checkpoint is None else inflate_from(span.checkpoint, pieces, BLOCK_BYTES)
+            whole = self._scatter(layer, span.begin, span.end, blocks)
+            for _ in pieces:
+                pass  # to its end, so that the connection can be used again
+            return whole
+        except ContentCorrupt as error:
+            raise SourceError(f"{self._reference}: the registry's copy of {self._layers[layer]} is damaged: {error}") from None
+        except ImageError as error:
+            raise SourceError(str(error)) from None
+        finally:
+            pieces.close()
+            self._give_back(registry)
+
+    def _scatter(self, layer: int, begin: int, end: int, blocks: Iterator[bytes]) -> list[int]:
+        """Write what of these blocks, which begin at `begin` of the layer, belongs to objects → those that are whole now."""
+        whole: list[int] = []
+        position, block = begin, memoryview(b"")  # of the block's first byte
+        for index, row, content in self._spans.objects(layer, begin, end):
+            stored, place = stored_bytes(row, content), self._spool.place(content)
+            if self._has(row):
+                continue
+            at, stop = max(begin, content.offset), min(end, content.offset + stored)
+            while at < stop:
+                if at >= position + len(block):
+                    position += len(block)
+                    block = memoryview(next(blocks, b""))
+                    if not block:
+                        raise ContentCorrupt("it ends in the middle")
+                    continue
+                part = block[at - position : stop - position]
+                self._spool.write(place + at - content.offset, part)
+                at += len(part)
+            is_inside = begin <= content.offset and content.offset + stored <= end
+            if is_inside or self._is_whole(row, content):
+                whole.append(index)
+        return whole
+
+    def _has(self, row: Row) -> bool:
+        return os.access(Objects.path(row.key), os.F_OK, dir_fd=self._objects, follow_symlinks=False)
+
+    def _is_whole(self, row: Row, content: LayerContent) -> bool:
+        """Whether all of the object seems to be in the spool; who publishes it looks closer."""
+        stored = stored_bytes(row, content)
+        if not self._spool.has(self._spool.place(content), stored):
+            return False
+        # A page in which one span ends and the next begins is no hole when one of them is there.  Within the object a page
+        # of the other one follows, but not at its ends.
+        return all(self._chunk(row, content, chunk) is not None for chunk in {0, (stored - 1) // CHUNK_BYTES})
+
+    # --- the spool's room ---
+
+    async def _make_room(self) -> None:
+        """Give up what was fetched first, until the spool is within its bound."""
+        async with self._giving_up:
+            while self._spool.used_bytes > self._spool_bytes_max:
+                oldest = next(iter(self._landed), None)
+                if oldest is None:
+                    self._spool.clear()  # an earlier server's
+                    return
+                del self._landed[oldest]
+                await self._in_thread(self._loads, self._give_up, *oldest)
+
+    def _give_up(self, layer: int, number: int) -> None:
+        begin, end = self._spans.bounds(layer, number)
+        for _, row, content in self._spans.objects(layer, begin, end):
+            first, stop = max(begin, content.offset), min(end, content.offset + stored_bytes(row, content))
+            self._spool.free(self._spool.place(content) + first - content.offset, stop - first)
+
+    async def inherited(self) -> None:
+        """Tell of what an earlier server has left whole in the spool."""
+        whole = await self._in_thread(self._loads, self._find_whole)
+        if whole:
+            self._completed(whole)
+
+    def _find_whole(self) -> list[int]:
+        return [index for index, row, content in self._spool.objects() if self._is_whole(row, content)]
+
+    async def taken(self, rows: Sequence[int]) -> None:
+        """These objects are in OBJECTS, or were not what they should be: give up what is in the spool of them."""
+        await self._in_thread(self._loads, self._free, rows)
+
+    def _free(self, rows: Sequence[int]) -> None:
+        for index in rows:
+            row = self._table.row(index)
+            self._spool.free_object(row, decode_content(row))
+
+    # --- threads and their clients ---
+
+    async def _in_thread(self, limiter: trio.CapacityLimiter, run: Callable[..., T], *arguments: Any) -> T:
+        return await trio.to_thread.run_sync(run, *arguments, abandon_on_cancel=True, limiter=limiter)
+
+    def _borrow(self) -> Registry:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return self._connect()
+
+    def _give_back(self, registry: Registry) -> None:
+        with self._lock:
+            self._idle.append(registry)
+
+
+def _parts(extents: Sequence[tuple[int, int]], offset: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """What is stored of `size` bytes at `offset` of a sparse file: (offset in these bytes, in what is stored, length)."""
+    stored = [0, *accumulate(length for _, length in extents)]
+    for number in range(max(0, bisect_right(extents, offset, key=itemgetter(0)) - 1), len(extents)):
+        begin, length = extents[number]
+        if begin >= offset + size:
+            return
+        first, stop = max(begin, offset), min(begin + length, offset + size)
+        if first < stop:
+            yield first - offset, stored[number] + first - begin, stop - first
