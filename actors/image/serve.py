@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -12,7 +11,9 @@ import trio
 
 from actors.image import spool
 from actors.image.archive import Archive
-from actors.image.credentials import HelperFailed, Login, docker_login
+from actors.image.credentials import HelperFailed, docker_login
+from actors.image.login import Login
+from actors.image.mirrors import host_of
 from actors.image.reference import Reference
 from actors.image.registry import Registry
 from actors.image.source import RegistrySource
@@ -25,8 +26,7 @@ from supervisor.frames import Codec, FrameError, Message
 ROWS_MAX = 4096  # in one message
 SAY_AGAIN_S = 5.0
 
-_libc = ctypes.CDLL(None)
-_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # mallopt(3)
+TELL_AGAIN_S = 10.0  # a failed read's reason: tasks come and go
 
 
 def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
@@ -36,16 +36,14 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     is dead) it makes one for itself, from which nobody publishes.
     """
     order: ServeImage = Codec(ServeImage).decode(arguments)
-    # Threads come and go with a mebibyte each: what is freed goes back to the node at once.
-    _libc.mallopt(_M_ARENA_MAX, 1)
-    _libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
     fuse_descriptor = descriptors[0]
     spool_descriptor = descriptors[1] if len(descriptors) > 1 else spool.create(order.objects)
     archive = Archive.open(order.archive, checked=True)  # by who mounted it
     table = archive.objects()
     spans = archive.spans(table)
     reference = Reference.parse(order.reference)
-    find_login = _logins([reference.registry])
+    access = order.access
+    find_login = _logins([*([] if access.login else [reference.registry]), *map(host_of, access.mirrors)])
     handover = Handover()
     source = RegistrySource(
         table,
@@ -54,7 +52,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         [layer.digest for layer in archive.info.layers],
         spool.Spool(spool_descriptor, spans),
         os.open(order.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC),
-        lambda: Registry(reference, find_login=find_login),
+        lambda: Registry(reference, access.login, mirrors=access.mirrors, find_login=find_login),
         order.read_timeout_s,
         order.spool_bytes_max,
         handover.add,
@@ -62,7 +60,8 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     drop_privileges(order.uid, order.gid)
     channel = Channel(end, Codec(Taken))
     tree = ServeTree("", "", order.init_request, order.replacement, order.read_timeout_s)
-    serve_tree(channel, fuse_descriptor, tree, table, source, partial(_run, channel, source, handover, order.replacement))
+    beside = partial(_run, channel, source, handover, order.replacement)
+    serve_tree(channel, fuse_descriptor, tree, table, source, beside, TELL_AGAIN_S)
 
 
 async def _run(

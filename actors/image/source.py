@@ -9,7 +9,7 @@ its readers wanted other parts or objects of it.  Who wants a span that is on it
 
 Bounds.  A read holds no bytes before all that it needs is in the spool, and then it takes its turn (LOADS_MAX); a fetch holds one piece
 and one block (FETCHES_MAX), however long it is.  Reads of what is there never wait for a fetch.  The spool is held to its bound
-by giving up what was fetched first.
+by giving up what was fetched first, except for what somebody waits for, and as many may wait as fit into it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import os
 import threading
 import traceback
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import trio
 
-from actors.image.checkpoints import Spans
+from actors.image.checkpoints import Span, Spans
 from actors.image.content import CHUNK_BYTES, LayerContent, decode_content, stored_bytes
 from actors.image.errors import ContentCorrupt, ImageError
 from actors.image.inflate import inflate_from
@@ -42,6 +44,7 @@ LOADS_MAX = 6  # reads that are answered at once; each holds up to 3 MiB
 FETCHES_MAX = 12  # ranges on their way at once; each holds 1 MiB
 RUN_BYTES_MAX = 4 << 20  # decompressed bytes, about, that one range is for
 BLOCK_BYTES = 256 << 10
+WAITING_BYTES, WAITING_MIN = 8 << 20, 8  # of the spool, for each read that waits for a fetch: the spans of a mebibyte, amply
 ROUNDS_MAX = 16  # of fetching what somebody then took away
 
 
@@ -111,8 +114,13 @@ class RegistrySource:
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
         self._giving_up = trio.Lock()
+        self._pins: Counter[tuple[int, int]] = Counter()  # the spans that somebody waits for or is about to read
+        self._waiting = trio.CapacityLimiter(max(WAITING_MIN, spool_bytes_max // WAITING_BYTES))
+        self._has_inherited = False
         self._lock = threading.Lock()
-        self._idle: list[Registry] = []
+        self._registries: list[Registry] = []
+        self._idle: list[Registry] = []  # of them: those that nobody uses just now
+        self._mirrors_distrusted = False
 
     async def run(self) -> None:
         """Fetch what is wanted, for as long as this is not cancelled."""
@@ -126,21 +134,47 @@ class RegistrySource:
         """`size` bytes at `offset` of the object, checked.  Raises SourceError."""
         content = decode_content(row)
         await self._running.wait()
-        for _ in range(ROUNDS_MAX):
-            looked = self._landings
-            found = await self._in_thread(self._loads, self._load, row, content, offset, size)
-            if isinstance(found, bytes):
-                return found
-            landed = {number: self._landed.get((content.layer, number), 0) for number in found.spans}
-            wanted = [number for number in found.spans if number in found.holes or not landed[number]]
-            wanted = [number for number in wanted if landed[number] <= looked]
-            flights = self._fly(content.layer, wanted, found.spans)
-            if not flights and max(landed.values()) <= looked:
-                # All of it was fetched and is there, and nobody has touched it since it was looked at.
-                raise await self._corrupt(row, content, found)
-            for flight in flights:
-                await self._arrival(flight)
-        raise SourceError(f"{self._name(row)}: given up again and again before it could be read; the spool is too small")
+        looked = self._landings
+        found = await self._in_thread(self._loads, self._load, row, content, offset, size)
+        if isinstance(found, bytes):
+            return found
+        async with self._waiting:
+            with ExitStack() as pins:
+                for _ in range(ROUNDS_MAX):
+                    pins.enter_context(self._pinned(content.layer, found.spans))
+                    await self._get(row, content, found, looked)
+                    looked = self._landings
+                    found = await self._in_thread(self._loads, self._load, row, content, offset, size)
+                    if isinstance(found, bytes):
+                        return found
+        raise SourceError(f"{self._name(row)}: what is fetched is lost again and again before it can be read")
+
+    async def _get(self, row: Row, content: LayerContent, found: _Missing, looked: int) -> None:
+        """Have what is missing fetched; when it was looked for, there had been `looked` landings.  Raises SourceError."""
+        landed = {number: self._landed.get((content.layer, number), 0) for number in found.spans}
+        wanted = [number for number in found.spans if number in found.holes or not landed[number]]
+        wanted = [number for number in wanted if landed[number] <= looked]
+        flights = self._fly(content.layer, wanted, found.spans)
+        if not flights and max(landed.values()) <= looked:
+            # All of it was fetched and is there, and nobody has touched it since it was looked at.
+            error = await self._corrupt(row, content, found)
+            if not self._distrust_mirrors():
+                raise error
+        for flight in flights:
+            await self._arrival(flight)
+
+    @contextmanager
+    def _pinned(self, layer: int, spans: range) -> Iterator[None]:
+        """Nothing of these spans is given up meanwhile."""
+        pins = [(layer, number) for number in spans]
+        self._pins.update(pins)
+        try:
+            yield
+        finally:
+            self._pins.subtract(pins)
+            for span in pins:
+                if not self._pins[span]:
+                    del self._pins[span]
 
     def _load(self, row: Row, content: LayerContent, offset: int, size: int) -> bytes | _Missing:
         """The bytes, or what must be fetched first.  In a thread."""
@@ -284,6 +318,18 @@ class RegistrySource:
     def _transfer(self, layer: int, first: int, last: int) -> list[int]:
         """Fetch spans into the spool → the objects that are whole there now.  In a thread."""
         span = self._spans.run(layer, first, last)
+        while True:
+            try:
+                return self._fetch(layer, span)
+            except ContentCorrupt as error:
+                if self._distrust_mirrors():
+                    continue
+                digest = self._layers[layer]
+                raise SourceError(f"{self._reference}: the registry's copy of {digest} is damaged: {error}") from None
+            except ImageError as error:
+                raise SourceError(str(error)) from None
+
+    def _fetch(self, layer: int, span: Span) -> list[int]:
         registry = self._borrow()
         pieces = registry.stream_range(self._layers[layer], span.first, span.stop - span.first, timeout_s=self._timeout_s)
         try:
@@ -292,10 +338,6 @@ class RegistrySource:
             for _ in pieces:
                 pass  # to its end, so that the connection can be used again
             return whole
-        except ContentCorrupt as error:
-            raise SourceError(f"{self._reference}: the registry's copy of {self._layers[layer]} is damaged: {error}") from None
-        except ImageError as error:
-            raise SourceError(str(error)) from None
         finally:
             pieces.close()
             self._give_back(registry)
@@ -342,10 +384,14 @@ class RegistrySource:
         """Give up what was fetched first, until the spool is within its bound."""
         async with self._giving_up:
             while self._spool.used_bytes > self._spool_bytes_max:
-                oldest = next(iter(self._landed), None)
-                if oldest is None:
-                    self._spool.clear()  # an earlier server's
+                if self._has_inherited:
+                    self._has_inherited = False
+                    self._landed.clear()
+                    self._spool.clear()
                     return
+                oldest = next((span for span in self._landed if span not in self._pins), None)
+                if oldest is None:
+                    return  # those who wait for it are few
                 del self._landed[oldest]
                 await self._in_thread(self._loads, self._give_up, *oldest)
 
@@ -356,7 +402,8 @@ class RegistrySource:
             self._spool.free(self._spool.place(content) + first - content.offset, stop - first)
 
     async def inherited(self) -> None:
-        """Tell of what an earlier server has left whole in the spool."""
+        """An earlier server has used this spool: tell of what it has left whole in there."""
+        self._has_inherited = True
         whole = await self._in_thread(self._loads, self._find_whole)
         if whole:
             self._completed(whole)
@@ -382,11 +429,24 @@ class RegistrySource:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        return self._connect()
+            registry = self._connect()
+            if self._mirrors_distrusted:
+                registry.distrust_mirrors()
+            self._registries.append(registry)
+            return registry
 
     def _give_back(self, registry: Registry) -> None:
         with self._lock:
             self._idle.append(registry)
+
+    def _distrust_mirrors(self) -> bool:
+        """Something was not what its digest says: ask the registry only from now on → whether a mirror may have done it."""
+        with self._lock:
+            if self._mirrors_distrusted:
+                return False
+            self._mirrors_distrusted = True
+            asked = [registry.distrust_mirrors() for registry in self._registries]
+            return True in asked
 
 
 def _parts(extents: Sequence[tuple[int, int]], offset: int, size: int) -> Iterator[tuple[int, int, int]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
@@ -36,14 +37,28 @@ class Image:
         self.path = built.archive
         self.proxy = proxy
         self.reference = Reference.parse(repository.reference().replace(repository.registry.address, proxy.address))
+        self._open()
+
+    def _open(self) -> None:
         self.archive = Archive.open(self.path)
         self.table = self.archive.objects()
         self.spans = self.archive.spans(self.table)
         self.objects = Objects(self.objects_directory)
         self.spool = spool.create(self.objects_directory)
 
+    def elsewhere(self, home: Path) -> Image:
+        """The same archive, on another node, so to say: with OBJECTS and spool of its own in `home`."""
+        other = copy.copy(self)
+        other.objects_directory = str(home / "objects")
+        other._open()
+        return other
+
     def source(
-        self, timeout_s: float = 10.0, spool_bytes_max: int = 1 << 30, completed: Callable[[list[int]], None] = lambda _: None
+        self,
+        timeout_s: float = 10.0,
+        spool_bytes_max: int = 1 << 30,
+        completed: Callable[[list[int]], None] = lambda _: None,
+        mirrors: Sequence[str] = (),
     ) -> RegistrySource:
         return RegistrySource(
             self.table,
@@ -52,7 +67,7 @@ class Image:
             [layer.digest for layer in self.archive.info.layers],
             spool.Spool(self.spool, self.spans),
             self.objects.descriptor,
-            lambda: Registry(self.reference),
+            lambda: Registry(self.reference, mirrors=mirrors),
             timeout_s,
             spool_bytes_max,
             completed,

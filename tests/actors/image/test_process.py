@@ -488,6 +488,21 @@ def test_an_archive_from_another_daemon_is_completed_with_content(repository: Re
     assert len(second.objects()) == 2
 
 
+def test_an_archive_from_another_daemon_suffices_who_mounts_lazily(repository: Repository, tmp_path: Path) -> None:
+    repository.push(tar(member("a", BIG), member("b", b"1")))
+    first = Node(tmp_path / "first", tmp_path / "shared")
+    second = Node(tmp_path / "second", tmp_path / "shared")
+    built = first.built(repository.reference(), lazy=True)
+    assert built.complete
+    again = second.built(repository.reference(), lazy=True)
+    assert (again.archive, again.layer_bytes, again.complete) == (built.archive, 0, False)
+    assert second.objects() == []
+    # By its digest not even the registry is asked.
+    pinned = f"{repository.reference().rpartition(':')[0]}@{built.digest}".replace(repository.registry.address, "127.0.0.1:1")
+    assert second.built(pinned, lazy=True) == again
+    assert first.built(repository.reference(), lazy=True).complete
+
+
 def test_a_damaged_archive_is_replaced(repository: Repository, node: Node) -> None:
     repository.push(tar(member("a", b"1")))
     built = node.built(repository.reference())

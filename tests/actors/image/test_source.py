@@ -238,6 +238,21 @@ def test_damaged_content_is_an_error_and_never_bytes_and_read_again_when_it_is_r
     running(source, body)
 
 
+@pytest.mark.parametrize("name", ["usr/prose", "plain/a"])
+def test_what_a_mirror_damages_comes_from_the_registry(image: Image, registry: RunningRegistry, name: str) -> None:
+    content = (FILES | PLAIN)[name]
+    with Proxy(registry.address) as mirror:
+        mirror.on("/blobs/", damaged)
+        source = image.source(mirrors=[f"http://{mirror.address}"])
+
+        async def body() -> None:
+            assert await read(image, source, by_size(image, content)) == content
+
+        running(source, body)
+        assert mirror.seen("/blobs/")
+    assert image.ranges()
+
+
 @pytest.mark.parametrize(
     ("code", "text"), [(404, "has lost"), (500, "answers 500"), (401, "docker login"), (416, "ends before byte")]
 )

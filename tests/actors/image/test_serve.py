@@ -1,0 +1,318 @@
+"""An image mount: a forked server on a real FUSE connection, content from a real registry, its parent played by the test."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import signal
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from actors.image.serve import serve
+from actors.image.wire import Completed, ServeImage, Taken
+from actors.lazytree import mounts
+from actors.lazytree.objects import Objects
+from actors.lazytree.wire import Progress, ReadFailed, Ready
+from supervisor.channel import Channel, ChannelTimeout
+from supervisor.frames import Codec, Message
+from tests.actors.image.images import Repository, RunningRegistry, member, tar
+from tests.actors.image.lazy import Image, damaged
+from tests.actors.image.proxy import Proxy, silent, status, throttle
+from tests.actors.lazytree.harness import fork, in_child
+
+MIB = 1 << 20
+SAYS = Codec(Ready, Progress, ReadFailed, Completed)
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+BIG = noise(MIB) * 100  # as much as it says: a mebibyte is far beyond deflate's window
+FILES = {"big": BIG, "other": noise(7 * MIB, 1), "small": noise(9000, 2), "program": noise(40_000, 3)}
+
+
+class Mount:
+    """The LAZY layer of an image, and its servers one after another."""
+
+    def __init__(self, home: Path, image: Image, read_timeout_s: float = 10.0) -> None:
+        self.image = image
+        self.path = home / "lazy"
+        self.path.mkdir()
+        self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        self._connection = mounts.mount_fuse(str(self.path), self._fuse)
+        self._order = ServeImage(
+            archive=image.path,
+            reference=str(image.reference),
+            objects=image.objects_directory,
+            init_request=self._connection.init_request,
+            read_timeout_s=read_timeout_s,
+        )
+        self.pid = 0
+        self.serve()
+        mounts.tune_fuse(self._connection.minor)
+
+    def serve(self) -> None:
+        self.channel, end = Channel.pair(SAYS)
+        arguments = Codec(ServeImage).encode(msgspec.structs.replace(self._order, replacement=bool(self.pid)))
+
+        def run() -> None:
+            self.channel.close()
+            serve(end, [self._fuse, self.image.spool], arguments)
+
+        self.pid = fork(run)
+        end.close()
+        self.next(Ready)
+
+    def next(self, kind: type[Message], timeout_s: float = 10.0) -> Message:
+        """What the server says next of that kind."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            message, _ = self.channel.receive(max(0.01, deadline - time.monotonic()))
+            if isinstance(message, kind):
+                return message
+
+    def publish_all(self, quiet_s: float = 0.3) -> set[int]:
+        """Be the parent until nothing is completed for so long → what was published."""
+        done: set[int] = set()
+        while True:
+            try:
+                message = self.next(Completed, quiet_s)
+            except ChannelTimeout:
+                return done
+            assert isinstance(message, Completed)
+            done.update(taken := self.image.publish(*message.rows))
+            self.channel.send(Taken(taken))
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+        os.waitpid(self.pid, 0)
+        self.channel.close()
+
+    def file(self, content: bytes) -> Path:
+        return self.path / Objects.path(self.image.table.row(self.image.find(len(content))).key)
+
+    def read(self, content: bytes, offset: int = 0, size: int | None = None) -> None:
+        """Read a part of a file, which must be what it was."""
+        path = self.file(content)
+
+        def read() -> bool:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(offset)
+                end = len(content) if size is None else offset + size
+                while file.tell() < end:
+                    at = file.tell()
+                    if file.read(min(MIB, end - at)) != content[at : min(at + MIB, end)]:
+                        return False
+            return True
+
+        assert in_child(read, 30.0)
+
+    def close(self) -> None:
+        mounts.abort_fuse(self._connection.minor)
+        mounts.unmount(str(self.path), lazily=True)
+        os.close(self._fuse)
+        self.kill()
+
+
+@pytest.fixture(scope="module")
+def proxy(registry: RunningRegistry) -> Iterator[Proxy]:
+    with Proxy(registry.address) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def pushed(registry: RunningRegistry) -> Repository:
+    repository = registry.repository("lazymount")
+    layer = tar(*(member(name, content) for name, content in FILES.items()))
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    repository.push(layer, blobs=[packer.compress(layer) + packer.flush()])
+    return repository
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, pushed: Repository, proxy: Proxy) -> Iterator[Image]:
+    with closing(Image(tmp_path_factory.mktemp("built"), pushed, proxy)) as image:
+        yield image
+
+
+@pytest.fixture
+def mount(tmp_path: Path, built: Image, proxy: Proxy) -> Iterator[Callable[..., Mount]]:
+    """Makes mounts of the image, none of whose content is here."""
+    proxy.behave()
+    proxy.forget()
+    with ExitStack() as stack:
+
+        def make(**fields: float) -> Mount:
+            image = stack.enter_context(closing(built.elsewhere(tmp_path)))
+            return stack.enter_context(closing(Mount(tmp_path, image, **fields)))
+
+        yield make
+        proxy.behave()
+
+
+def test_64_kib_in_the_middle_of_100_mb_move_less_than_6_mb(mount: Callable[..., Mount]) -> None:
+    mounted = mount()
+    mounted.read(BIG, 50_123_456, 65_536)
+    assert 0 < mounted.image.moved_bytes() < 6_000_000
+    print(mounted.image.moved_bytes())
+
+
+def test_two_tasks_that_read_the_same_cold_file_fetch_it_once(mount: Callable[..., Mount], proxy: Proxy) -> None:
+    mounted = mount()
+    proxy.on("/blobs/", throttle(30e6))
+    content = FILES["other"]
+    path = mounted.file(content)
+
+    def read() -> None:
+        assert path.read_bytes() == content
+
+    children = [fork(read) for _ in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    ranges = mounted.image.ranges()
+    assert all(stop <= begin + 1 for (_, stop), (begin, _) in itertools.pairwise(ranges))
+    assert mounted.image.moved_bytes() < len(content) * 1.5
+
+
+def test_what_was_read_whole_is_published_and_its_place_is_free(mount: Callable[..., Mount]) -> None:
+    mounted = mount()
+    for name in ("other", "small", "program"):
+        mounted.read(FILES[name])
+    published = mounted.publish_all()
+    assert published >= {mounted.image.find(len(FILES[name])) for name in ("other", "small", "program")}
+    for name in ("other", "small", "program"):
+        key = mounted.image.table.row(mounted.image.find(len(FILES[name]))).key
+        assert (Path(mounted.image.objects_directory) / Objects.path(key)).read_bytes() == FILES[name]
+    deadline = time.monotonic() + 5.0
+    while os.fstat(mounted.image.spool).st_blocks * 512 > 3 * MIB:  # what is left is of the file that was not read whole
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_nobody_takes_is_said_again(mount: Callable[..., Mount], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.image.serve.SAY_AGAIN_S", 0.2)
+    mounted = mount()
+    mounted.read(FILES["small"])
+    first = mounted.next(Completed)
+    assert mounted.next(Completed) == first
+    assert isinstance(first, Completed)
+    mounted.channel.send(Taken(first.rows))
+    with pytest.raises(ChannelTimeout):
+        mounted.next(Completed, 1.0)
+
+
+def test_a_replacement_goes_on_with_the_spool_of_the_one_before(mount: Callable[..., Mount], proxy: Proxy) -> None:
+    mounted = mount()
+    mounted.read(BIG, 3 * MIB, 2 * MIB)
+    mounted.read(FILES["small"])
+    mounted.kill()
+    proxy.forget()
+    mounted.serve()
+    assert in_child(lambda: os.system("echo 1 > /proc/sys/vm/drop_caches")) == 0
+    mounted.read(BIG, 3 * MIB, 2 * MIB)
+    mounted.read(FILES["small"])
+    assert mounted.image.ranges() == []
+    said = mounted.next(Completed)
+    assert isinstance(said, Completed)
+    assert mounted.image.find(len(FILES["small"])) in said.rows
+
+
+def test_a_server_killed_in_the_middle_of_a_fetch_is_no_error(mount: Callable[..., Mount], proxy: Proxy) -> None:
+    mounted = mount()
+    proxy.on("/blobs/", throttle(2e6))
+    content = FILES["other"]
+    path = mounted.file(content)
+
+    def read() -> None:
+        assert path.read_bytes() == content
+
+    reader = fork(read)
+    for _ in range(3):
+        time.sleep(0.3)
+        mounted.kill()
+        mounted.serve()
+    proxy.behave()
+    assert os.waitpid(reader, 0)[1] == 0
+
+
+def test_damaged_content_is_eio_with_the_reason_and_never_bytes(mount: Callable[..., Mount], proxy: Proxy) -> None:
+    mounted = mount()
+    proxy.on("/blobs/", damaged)
+    content = FILES["other"]
+    path = mounted.file(content)
+
+    def read() -> int:
+        """Read it by the mebibyte → how many of them are an error; all others are right."""
+        errors = 0
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for at in range(0, len(content), MIB):
+                try:
+                    assert os.pread(file.fileno(), MIB, at) == content[at : at + MIB]
+                except OSError as error:
+                    assert error.errno == errno.EIO
+                    errors += 1
+        return errors
+
+    assert in_child(read, 30.0)
+    failed = mounted.next(ReadFailed)
+    assert isinstance(failed, ReadFailed)
+    assert "is damaged" in failed.reason
+    proxy.behave()
+    mounted.read(content)
+
+
+def test_a_registry_that_is_away_is_eio_within_the_time_and_what_is_here_is_read(
+    mount: Callable[..., Mount], proxy: Proxy
+) -> None:
+    mounted = mount(read_timeout_s=1.0)
+    mounted.read(FILES["small"])
+    proxy.on("/blobs/", silent())
+    path = mounted.file(FILES["other"])
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="Input/output error"):
+        in_child(path.read_bytes)
+    assert time.monotonic() - begin < 5.0
+    assert mounted.next(ReadFailed)
+    mounted.read(FILES["small"])
+    proxy.behave()
+    proxy.on("/blobs/", status(401))
+    mounted.read(FILES["small"])
+
+
+def test_a_thousand_reads_at_once_take_little_memory(mount: Callable[..., Mount], proxy: Proxy) -> None:
+    mounted = mount()
+    path = mounted.file(BIG)
+    most = 0
+
+    def read() -> None:
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for number in range(100):
+                os.posix_fadvise(file.fileno(), number * MIB, MIB, os.POSIX_FADV_WILLNEED)
+            for number in range(100):
+                assert os.pread(file.fileno(), MIB, number * MIB) == BIG[number * MIB : (number + 1) * MIB]
+
+    readers = [fork(read) for _ in range(10)]
+    while readers:
+        most = max(most, private_bytes(mounted.pid))
+        pid, code = os.waitpid(readers[0], os.WNOHANG)
+        if pid:
+            assert code == 0
+            readers.pop(0)
+        time.sleep(0.02)
+    print(most / MIB)
+    assert most < 64 * MIB
+
+
+def private_bytes(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/smaps_rollup").read_text().split("\n")
+    return sum(int(field.split()[1]) << 10 for field in fields if field.startswith(("Private_Clean", "Private_Dirty")))
