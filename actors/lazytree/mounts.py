@@ -15,6 +15,7 @@ import errno
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ FUSE_READ_BYTES_MAX = 1 << 20
 _FUSECTL = "/sys/fs/fuse/connections"
 
 _AT_FDCWD = -100
+_AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = 0x1000, 0x4000
+_STATX = struct.Struct("=140xI112x")  # struct statx: stx_dev_minor
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
@@ -102,10 +105,8 @@ def mount_fuse(target: str, fuse_descriptor: int) -> FuseMount:
     """
     options = [("source", "aerie"), ("fd", str(fuse_descriptor)), ("rootmode", "40000"), ("user_id", "0"), ("group_id", "0")]
     options.append(("max_read", str(FUSE_READ_BYTES_MAX)))
-    _mount("fuse", target, options, ["ro", "allow_other", "default_permissions"], _LAYER_ATTRIBUTES)
-    init_request = os.read(fuse_descriptor, FUSE_READ_BYTES_MAX + 4096)
-    # mountinfo, because fstat() of the mount would be a request to the server that does not exist yet.
-    return FuseMount(mounts_below(target)[0].minor, init_request)
+    minor = _mount("fuse", target, options, ["ro", "allow_other", "default_permissions"], _LAYER_ATTRIBUTES)
+    return FuseMount(minor, os.read(fuse_descriptor, FUSE_READ_BYTES_MAX + 4096))
 
 
 def bind(source: str, target: str) -> None:
@@ -159,18 +160,28 @@ def tune_fuse(minor: int, max_background: int = 1024, congestion_threshold: int 
     """
     _control_fuse(minor, "max_background", max_background)
     _control_fuse(minor, "congestion_threshold", congestion_threshold)
-    with open(f"/sys/class/bdi/0:{minor}/read_ahead_kb", "w") as file:
-        file.write(str(read_ahead_kib))
+    _write(f"/sys/class/bdi/0:{minor}/read_ahead_kb", read_ahead_kib)
 
 
 def _control_fuse(minor: int, name: str, value: int) -> None:
-    if not any(mount.kind == "fusectl" for mount in mounts_below(_FUSECTL)):
+    path = f"{_FUSECTL}/{minor}/{name}"
+    try:
+        _write(path, value)
+    except FileNotFoundError:
+        # Looked for only now: a host with many mounts has a long mountinfo.
+        if any(mount.kind == "fusectl" for mount in mounts_below(_FUSECTL)):
+            raise
         _mount("fusectl", _FUSECTL, [("source", "none")])
-    with open(f"{_FUSECTL}/{minor}/{name}", "w") as file:
+        _write(path, value)
+
+
+def _write(path: str, value: int) -> None:
+    with open(path, "w") as file:
         file.write(str(value))
 
 
-def _mount(kind: str, target: str, options: Sequence[tuple[str, str]], flags: Sequence[str] = (), attributes: int = 0) -> None:
+def _mount(kind: str, target: str, options: Sequence[tuple[str, str]], flags: Sequence[str] = (), attributes: int = 0) -> int:
+    """Mount it → the minor device number of the file system."""
     what = f"mount {kind} {options[0][1]}"  # the source
     context = _libc.fsopen(kind.encode(), _FSOPEN_CLOEXEC)
     if context < 0:
@@ -192,10 +203,19 @@ def _mount(kind: str, target: str, options: Sequence[tuple[str, str]], flags: Se
         try:
             if _libc.move_mount(mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH):
                 raise _error(what, target)
+            return _minor(mounted)
         finally:
             os.close(mounted)
     finally:
         os.close(context)
+
+
+def _minor(mounted: int) -> int:
+    """The minor device number of what is mounted, without asking it: a stat(2) would be a request to a server that is not there yet."""
+    status = bytearray(_STATX.size)
+    if _libc.statx(mounted, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, 0, (ctypes.c_char * len(status)).from_buffer(status)):
+        raise OSError(ctypes.get_errno(), f"statx: {os.strerror(ctypes.get_errno())}")
+    return int(_STATX.unpack(status)[0])
 
 
 def _error(what: str, target: str, context: int | None = None) -> OSError:

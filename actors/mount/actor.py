@@ -70,7 +70,8 @@ class MountActor(Actor):
 
     def on_begin(self) -> None:
         """Find what an earlier incarnation left: a mount, its server, or nothing."""
-        found = mounts.mounts_below(str(self._layout.volatile))
+        # A new task has no mount points, and need not look through those of all others.
+        found = mounts.mounts_below(str(self._layout.volatile)) if self._layout.volatile.exists() else []
         self._mounted = str(self._layout.workspace) in {mount.target for mount in found}
         if (mark := self._layout.workspace_home / "name").exists():
             self._workspace = mark.read_text()

@@ -140,7 +140,7 @@ class SandboxActor(Actor):
                 self._answered(self._requests.pop(number), value)
             case Refused(number, error) if number in self._requests:
                 self._refused(self._requests.pop(number), error)
-        return self._state()
+        return self._state() if isinstance(message, messages.TO_ONE) else None
 
     def _know(self, fact: Fact) -> None:
         before = self._life.phase

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import select
 import signal
@@ -100,6 +101,19 @@ def host_faults() -> list[str]:
     return faults(found, Path("/proc/self/cgroup").read_text(), controllers, plain)
 
 
+@functools.cache
+def _own_procs() -> Path | None:
+    """The file through which this process moves to where it is already, in the v2 hierarchy; None where there is none.
+
+    Looked for once: nobody moves the daemon while it runs, and if somebody did, only time would be lost.
+    """
+    for hierarchy in mounted():
+        if hierarchy.unified:
+            own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+            return hierarchy.root / own.lstrip("/") / "cgroup.procs"
+    return None
+
+
 def expect_moves() -> None:
     """Make the kernel ready to move a process into a group; takes some milliseconds, and nothing changes.
 
@@ -107,12 +121,11 @@ def expect_moves() -> None:
     the 18 of a `crun create`, measured; those in the next 15 ms find it done.  To move this process where it is already does
     the waiting, while the monitor and the runtime are still being started.
     """
-    for hierarchy in mounted():
-        if hierarchy.unified:
-            own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-            # Only time is lost where this is refused: a v2 group between others may take no process, not even its own.
-            with contextlib.suppress(OSError):
-                (hierarchy.root / own.lstrip("/") / "cgroup.procs").write_text("0")
+    procs = _own_procs()
+    if procs is not None:
+        # Only time is lost where this is refused: a v2 group between others may take no process, not even its own.
+        with contextlib.suppress(OSError):
+            procs.write_text("0")
 
 
 class Cgroup:
@@ -131,7 +144,7 @@ class Cgroup:
         found: set[int] = set()
         for directory in self.directories:
             for group in _groups(directory):
-                found.update(map(int, _text(group / "cgroup.procs").split()))
+                found.update(map(int, _text(f"{group}/cgroup.procs").split()))
         return found
 
     def is_empty(self) -> bool:
@@ -172,7 +185,7 @@ class Cgroup:
         for directory in self.directories:
             for group in _groups(directory):
                 with contextlib.suppress(FileNotFoundError):
-                    group.rmdir()
+                    os.rmdir(group)
 
     def _memory(self, v1: str, v2: str, key: str) -> int:
         for directory in self.directories:
@@ -188,6 +201,8 @@ class Cgroup:
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 opened[pid] = open_pidfd(pid)
+        if not opened:
+            return []
         # The pid may have become another process's before it was opened.  If it is listed still, it was this group's; if it was
         # another's and is the group's again, the other has ended and takes no harm.
         listed = self.processes()
@@ -207,22 +222,36 @@ class Cgroup:
                     (hierarchy.root / self.path.lstrip("/") / "cgroup.kill").write_text("1")
 
 
-def _groups(directory: Path) -> Iterator[Path]:
-    """The group's directory and all below it, the deepest first."""
-    for place, _, _ in os.walk(directory, topdown=False):
-        yield Path(place)
+def _groups(directory: Path) -> Iterator[str]:
+    """The group's directory and all below it, the deepest first; nothing when it is not there."""
+    try:
+        links = os.stat(directory).st_nlink
+    except FileNotFoundError:
+        return
+    if links == 2:  # as good as always; each walk would be a dozen calls, in each of a dozen hierarchies
+        yield str(directory)
+    else:
+        for place, _, _ in os.walk(directory, topdown=False):
+            yield place
 
 
-def _text(path: Path) -> str:
+def _text(path: Path | str) -> str:
     """Of a file of the group's; nothing when the group, or its file, is not there (any more)."""
     try:
-        return path.read_text()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return ""
+    try:
+        content = b""
+        while piece := os.read(descriptor, 1 << 16):  # without the four calls that open() makes besides
+            content += piece
+        return content.decode()
     except OSError as error:
         if error.errno == errno.ENODEV:  # the group was removed between open and read
             return ""
         raise
+    finally:
+        os.close(descriptor)
 
 
 def _wait_for_ends(pidfds: Sequence[int], deadline: float) -> None:

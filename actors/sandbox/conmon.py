@@ -19,6 +19,7 @@ import errno
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import threading
@@ -31,7 +32,7 @@ from typing import Final
 from actors.sandbox import bundle
 from actors.sandbox.cgroup import expect_moves
 from actors.sandbox.runtimes import ContainerError, CreateError, Runtime, create_error
-from supervisor.pidfd import copy_descriptor, open_pidfd, signal_process
+from supervisor.pidfd import copy_descriptor, is_same, open_pidfd, signal_process
 
 ANSWER_BYTES_MAX: Final = 1 << 16
 CLEARING_TIMEOUT_S: Final = 10.0  # for what is left of a create that failed
@@ -176,7 +177,7 @@ def delete(container: Container, timeout_s: float, force: bool = False) -> None:
 
     Raises ContainerError.
     """
-    if not container.runtime_state.exists():
+    if not container.runtime_state.exists() or (container.runtime.name == "crun" and _forget(container)):
         return
     done = _run(container, ["delete", *(["--force"] if force else []), container.id], timeout_s)
     if done.returncode:
@@ -204,7 +205,10 @@ def pipe_ends(created: Created) -> dict[str, int]:
         # conmon reads nothing else that the container writes; of what it writes, stdout comes first (for runsc these are not
         # descriptors 1 and 2 of the first process, which is its kernel).
         reads = {pipe: number for number, pipe in _pipes(created.conmon_pid, os.O_RDONLY)}
-        numbers = dict.fromkeys(reads[pipe] for _, pipe in _pipes(created.container_pid, os.O_WRONLY) if pipe in reads)
+        writes = [os.readlink(f"/proc/{created.container_pid}/fd/{number}") for number in (1, 2)]
+        if not reads.keys() >= set(writes):
+            writes = [pipe for _, pipe in _pipes(created.container_pid, os.O_WRONLY)]
+        numbers = dict.fromkeys(reads[pipe] for pipe in writes if pipe in reads)
         for stream, number in zip(("stdout", "stderr"), numbers, strict=True):
             copies[stream] = copy_descriptor(conmon, number)
     except (OSError, ValueError) as error:
@@ -317,6 +321,21 @@ def _open_gate(container: Container) -> bool:
         finally:
             os.close(descriptor)
     gate.unlink(missing_ok=True)
+    return True
+
+
+def _forget(container: Container) -> bool:
+    """Delete an ended container of crun's as `crun delete` does it, without executing it (5 ms); False when it may not have ended.
+
+    There are no hooks, and its control group is the caller's to remove: what is left is crun's own directory of it.
+    """
+    try:
+        status = json.loads((container.runtime_state / "status").read_bytes())
+        if is_same(int(status["pid"]), int(status["process-start-time"])):
+            return False
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False  # it was being created
+    shutil.rmtree(container.runtime_state)
     return True
 
 

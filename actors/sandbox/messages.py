@@ -127,3 +127,7 @@ class OutputGap(Message, frozen=True):
     """Output of the task is known to be missing, or may be."""
 
     task: str
+
+
+TO_ONE = (StartSandbox, StopSandbox, DeleteSandbox, GetSandbox, SetOutput)
+"""What is asked of one sandbox, and answered with its state."""

@@ -17,14 +17,6 @@ from supervisor.answers import Answer, Deferred
 from supervisor.spec import ChildSpec, Flags, Restart
 from supervisor.tree import Supervisor, System
 
-TO_ONE = (
-    messages.StartSandbox,
-    messages.StopSandbox,
-    messages.DeleteSandbox,
-    messages.GetSandbox,
-    messages.SetOutput,
-)
-
 
 class SandboxSupervisor(Supervisor):
     """Dynamic: a child for each sandbox, which is restarted until all that the sandbox had is given back."""
@@ -46,7 +38,7 @@ class SandboxSupervisor(Supervisor):
                 return self._create(task, spec)
             case messages.ListSandboxes():
                 return self._list()
-            case _ if isinstance(message, TO_ONE):
+            case _ if isinstance(message, messages.TO_ONE):
                 return self._hand_on(message)
             case _:
                 super().on_message(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -299,6 +300,21 @@ def test_a_running_container_is_deleted_with_force_only(laboratory: Laboratory, 
     assert not has_ended(sandbox.pidfd)
     conmon.delete(sandbox.container, TIMEOUT_S, force=True)
     wait_for(sandbox.pidfd)
+
+
+def test_an_ended_container_of_cruns_is_deleted_without_crun(laboratory: Laboratory) -> None:
+    sandbox = laboratory.create(laboratory.runtime("crun"), *shell("while [ ! -e go ]; do sleep 0.02; done"))
+    container = sandbox.container
+    useless = dataclasses.replace(container, runtime=dataclasses.replace(container.runtime, path="/bin/false", sealed=None))
+    for step in (sandbox.start, (sandbox.workspace / "go").touch):
+        with pytest.raises(ContainerError):
+            conmon.delete(useless, TIMEOUT_S, force=True)
+        assert conmon.state(container, TIMEOUT_S) is not None
+        step()
+    sandbox.finish()
+    conmon.delete(useless, TIMEOUT_S)
+    assert not container.runtime_state.exists()
+    assert conmon.state(container, TIMEOUT_S) is None
 
 
 def test_nothing_runs_before_start(laboratory: Laboratory, runtime: Runtime) -> None:
