@@ -52,7 +52,7 @@ from supervisor.lockfile import LockFile
 from supervisor.notify import notify
 from supervisor.processes import ProcessTable
 from supervisor.reserve import Reserve
-from supervisor.spec import ChildSpec
+from supervisor.spec import ChildSpec, Type
 from supervisor.store import SchemaTooNew, Store
 from supervisor.tree import Supervisor, System
 from supervisor.watch import Watcher
@@ -150,8 +150,8 @@ def root(system: System, services: Services, ended: Callable[[], None]) -> Root:
     children = (
         ChildSpec(OUTPUT, lambda: OutputActor(system, OUTPUT, services)),
         ChildSpec(IMAGES, lambda: ImageActor(system, IMAGES, services)),
-        ChildSpec(MOUNTS, lambda: MountSupervisor(system, MOUNTS, services, syncer), shutdown_s=None),
-        ChildSpec(SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services), shutdown_s=None),
+        ChildSpec(MOUNTS, lambda: MountSupervisor(system, MOUNTS, services, syncer), type=Type.SUPERVISOR),
+        ChildSpec(SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services), type=Type.SUPERVISOR),
         ChildSpec(GATEWAY, lambda: GatewayActor(system, GATEWAY, services, gateway_listener(services))),
     )
     tree = system.root = Root(system, children, ended)

@@ -5,6 +5,7 @@
 - A request is always answered: by the handler, by a `Deferred` later, by its exception, by the next incarnation, or by a
   refusal when there is none.
 - An actor that is told to stop does so after the message in hand, and not after all that waits.
+- An actor that hangs is left behind: nobody can end a thread, but what it says from then on is nobody's word.
 - The inbox is bounded: a message too many is refused and logged, and memory stays.
 - An incarnation that has ended hears nothing: late timers, results and answers vanish.
 
@@ -24,23 +25,27 @@ import pykka
 from loguru import logger
 
 from supervisor.answers import Deferred, Vital, Worked, WorkFailed
+from supervisor.exits import NORMAL, STOPPED, Begun, Cause, Exit, Exited
 from supervisor.system import Mailbox, Request, System
 from supervisor.timers import Timer
 
 INBOX_MAX = 100_000
 
 
-@dataclass(frozen=True)
-class Exited(Vital):
-    """To a supervisor: an incarnation of its child has ended; `error` is None when it did so normally."""
-
-    id: str
-    generation: int
-    error: str | None
-
-
 class Stop(Vital):
     """To an actor, from its supervisor: end, in order."""
+
+
+@dataclass(frozen=True)
+class _Ready(Vital):
+    """To the actor itself: what it was not ready without is there, or is known not to come."""
+
+    good: bool
+    error: Any
+
+
+class LeftBehind(Exception):
+    """In an actor that was left behind, when it goes on all the same: its successor has its place."""
 
 
 class Actor(pykka.ThreadingActor):
@@ -53,19 +58,26 @@ class Actor(pykka.ThreadingActor):
         self.system = system
         self.name = name
         self.generation = 0
-        self.begun = threading.Event()  # on_begin is over, well or badly
+        self.begun = threading.Event()  # it is ready, or has ended before it was
         self.gone = threading.Event()  # it has ended
         self.failed_to_begin: str | None = None
+        self.in_hand = 0  # the number of the message that it handles; 0 while it waits for one
         # With two underscores: no subclass can have the same name by accident.
         self.__supervisor: Mailbox | None = None
+        self.__handled = 0
         self.__full = False
         self.__told_to_stop = False
+        self.__left_behind = False
         self.__ending = False
 
     # --- for subclasses to have ---
 
-    def on_begin(self) -> None:
-        """Find what is there and go on with it.  What is raised here is a failed start."""
+    def on_begin(self) -> Deferred | None:
+        """Find what is there and go on with it.  What is raised here is a failed start.
+
+        It is ready when this returns; or, with a Deferred, when that is set, and messages of its own come meanwhile.
+        """
+        return None
 
     def on_message(self, message: Any) -> Any:
         """Handle a message; what is returned (a Deferred: what it is set to) answers a request."""
@@ -102,6 +114,7 @@ class Actor(pykka.ThreadingActor):
 
     def request(self, name: str, message: Any) -> int:
         """Ask another actor; the Answer or Refused with this number arrives as a message."""
+        self.__speak()
         return self.system.request(name, message, self.mailbox)
 
     def after(self, delay_s: float, message: Any) -> Timer:
@@ -117,6 +130,7 @@ class Actor(pykka.ThreadingActor):
 
     def work(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         """Run a blocking function in the pool; Worked or WorkFailed with `key` arrives as a message."""
+        self.__speak()
 
         def run() -> None:
             try:
@@ -130,76 +144,113 @@ class Actor(pykka.ThreadingActor):
 
         self.system.pool.run(run)
 
-    def finish(self) -> None:
-        """End normally, after this message."""
-        self.__end(None)
+    def finish(self, exit: Exit = NORMAL) -> None:
+        """End by itself, after this message."""
+        self.__end(exit)
 
-    # --- life ---
+    # --- for supervisors ---
 
     def launch(self, generation: int, supervisor: Mailbox | None) -> None:
-        """Start the actor's thread; for supervisors.  `begun` is set when `on_begin` is over."""
+        """Start the actor's thread.  `supervisor` gets Begun when it is ready, and Exited when it has ended."""
         self.generation = generation
         self.__supervisor = supervisor
         # Not through Pykka's registry: one list for the process, whose one use is to stop all actors at once.
         self._start_actor_loop()
 
+    def leave_behind(self) -> None:
+        """Have done with an actor that does not end.  It has its name no more, answers and asks nobody, and ends as soon as it can."""
+        self.__left_behind = True
+        self.__supervisor = None
+        self.system.unregister(self.name, self.mailbox)
+        self.mailbox(Stop())
+
+    # --- life ---
+
     def on_start(self) -> None:
         try:
-            self.on_begin()
+            ready = self.on_begin()
         except BaseException as error:  # noqa: BLE001 (see the module's docstring)
-            self.failed_to_begin = self.__crash(error)
+            self.__crash(error)
+            return
+        if isinstance(ready, Deferred):
+            ready.then(lambda good, value: self.mailbox(_Ready(good, None if good else value)))
         else:
-            if self.__told_to_stop:  # it took too long, and its supervisor has left it behind
-                self.__end("stopped")
-            if not self.gone.is_set():
-                self.system.register(self.name, self.mailbox)
-        finally:
+            self.__begin(_Ready(True, None))
+
+    def __begin(self, ready: _Ready) -> None:
+        if self.__ending:
+            return
+        if self.__told_to_stop:  # it took too long, and its supervisor has left it behind
+            self.__end(STOPPED)
+        elif not ready.good:
+            self.__crash(ready.error)
+        else:
+            self.system.register(self.name, self.mailbox, self.generation)
             self.begun.set()
+            if self.__supervisor is not None:
+                self.__supervisor(Begun(self.name, self.generation))
 
     def on_receive(self, message: Any) -> None:
         if self.gone.is_set():
             return  # what was in the inbox; a request waits for the next incarnation
+        self.__handled += 1
+        self.in_hand = self.__handled
         try:
             if self.__told_to_stop:
-                self.__end("stopped")
+                self.__end(STOPPED)
             elif isinstance(message, Request):
                 self.__serve(message)
+            elif isinstance(message, _Ready):
+                self.__begin(message)
             else:
                 self.on_message(message)
         except BaseException as error:  # noqa: BLE001 (see the module's docstring)
             if isinstance(message, Request):
-                self.system.answer(message, False, error)
+                self.__answer(message, False, error)
             self.__crash(error)
+        finally:
+            self.in_hand = 0
+
+    def __speak(self) -> None:
+        if self.__left_behind:
+            raise LeftBehind(f"{self.name} of generation {self.generation} was left behind")
 
     def __serve(self, request: Request) -> None:
         answer = self.on_message(request.message)
         if not isinstance(answer, Deferred):
-            self.system.answer(request, True, answer)
+            self.__answer(request, True, answer)
             return
 
         def settled(good: bool, value: Any) -> None:
             # A refusal of an actor that is ending is not its word: the next incarnation gets the request.
             if good or not self.__ending:
-                self.system.answer(request, good, value)
+                self.__answer(request, good, value)
 
         answer.then(settled)
 
-    def __crash(self, error: BaseException) -> str:
+    def __answer(self, request: Request, good: bool, value: Any) -> None:
+        if not self.__left_behind:  # else its successor has the request
+            self.system.answer(request, good, value)
+
+    def __crash(self, error: BaseException) -> None:
         text = f"{type(error).__name__}: {error}"
         logger.opt(exception=error).error("{} has crashed", self.name)
-        self.__end(text)
-        return text
+        self.__end(Exit(Cause.CRASH, text))
 
-    def __end(self, reason: str | None) -> None:
+    def __end(self, exit: Exit) -> None:
         if self.__ending:
             return
         self.__ending = True
         try:
-            self.on_end(reason)
+            self.on_end(exit.text or None)
         except BaseException as error:  # noqa: BLE001 (it ends all the same)
             logger.opt(exception=error).error("{} could not end in order", self.name)
         self.system.unregister(self.name, self.mailbox)
         self.gone.set()
-        if self.__supervisor is not None:
-            self.__supervisor(Exited(self.name, self.generation, reason))
+        if not self.begun.is_set() and not exit.good:
+            self.failed_to_begin = exit.text
+        self.begun.set()
+        supervisor = self.__supervisor  # once: who leaves it behind takes it away
+        if supervisor is not None:
+            supervisor(Exited(self.name, self.generation, exit))
         self.stop()

@@ -45,7 +45,6 @@ class ForkServer:
         self._sockets += [wake_end, wake]
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._stop)
         self._selector.register(wake_end, selectors.EVENT_READ)
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -128,6 +127,7 @@ def reply(channel: Channel, message: Message, descriptors: Sequence[int] = ()) -
 def main(path: Path, lock: Path, preload: Sequence[str]) -> NoReturn:
     """Serve on a socket at `path`; `preload` are the modules that hold the entries."""
     name_process("fork server")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # before anybody can find it: a terminal's ^C is for the keeper
     if not LockFile(lock).acquire():
         os._exit(0)  # another one lives, and the keeper finds it by this lock
     for module in preload:

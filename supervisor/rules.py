@@ -167,11 +167,11 @@ class Tell:
 
 @dataclass(frozen=True)
 class Kill:
-    """End it without its doing, which nothing can refuse: `Exited` follows, when it is proven."""
+    """End it without its doing, which nothing can refuse: `Exited` follows, when it is proven.  `why`: None when its spec wants it so."""
 
     id: str
     generation: int
-    why: str
+    why: str | None
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ class Supervision:
         self._report(What.START_FAILED, child, exit)
         if child.unbegun is Unbegun.ABORT:
             self._enter(child, State.DOWN)
-            self._end(Exit(Cause.START, f"StartFailed: {child.spec.id}: {exit}"))
+            self._end(Exit(Cause.START, f"{child.spec.id}: {exit}"))
             return
         self._rest(child, forget=child.unbegun is Unbegun.DISCARD)
         child.unbegun = Unbegun.RETRY  # should its siblings bring it back
@@ -336,13 +336,13 @@ class Supervision:
 
     def _stop(self, child: Child) -> None:
         if child.spec.patience_s == 0:
-            self._kill(child, "is killed")
+            self._kill(child, None)
             return
         self._enter(child, State.STOPPING)
         self._set_deadline(child.spec.id, child.spec.patience_s)
         self._effects.append(Tell(child.spec.id, child.generation))
 
-    def _kill(self, child: Child, why: str) -> None:
+    def _kill(self, child: Child, why: str | None) -> None:
         self._enter(child, State.KILLING)
         self._effects.append(Kill(child.spec.id, child.generation, why))
 

@@ -12,6 +12,7 @@ from actors.mount.actor import MountActor, unmount_tree
 from actors.services import Services, mount_name
 from supervisor.answers import Answer, Worked, WorkFailed
 from supervisor.spec import ChildSpec, Flags, Restart
+from supervisor.strategy import Strategy
 from supervisor.tree import Supervisor, System
 
 
@@ -19,7 +20,7 @@ class MountSupervisor(Supervisor):
     """Dynamic, beside the one static child, the syncer's actor."""
 
     def __init__(self, system: System, name: str, services: Services, children: tuple[ChildSpec, ...]) -> None:
-        super().__init__(system, name, children, Flags(intensity=None))
+        super().__init__(system, name, children, Flags(intensity=None, strategy=Strategy.DYNAMIC))
         self._services = services
         self._cleaning: list[Any] = []
 
@@ -53,7 +54,7 @@ class MountSupervisor(Supervisor):
 
     def _start(self, task: str) -> None:
         name, services, system = mount_name(task), self._services, self.system
-        self.start_child(ChildSpec(name, lambda: MountActor(system, name, services, task), restart=Restart.TRANSIENT))
+        self.ensure_child(ChildSpec(name, lambda: MountActor(system, name, services, task), restart=Restart.TRANSIENT))
 
     def _hand_on(self, task: str, message: Any, absent: Any) -> Any:
         """Ask the task's MountActor; its answer is ours.  `absent`: the answer when there is none."""

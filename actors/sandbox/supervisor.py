@@ -15,6 +15,7 @@ from actors.sandbox.host import SandboxHost
 from actors.services import Services, sandbox_name
 from supervisor.answers import Answer, Deferred
 from supervisor.spec import ChildSpec, Flags, Restart
+from supervisor.strategy import Strategy
 from supervisor.tree import Supervisor, System
 
 
@@ -22,7 +23,7 @@ class SandboxSupervisor(Supervisor):
     """Dynamic: a child for each sandbox, which is restarted until all that the sandbox had is given back."""
 
     def __init__(self, system: System, name: str, services: Services) -> None:
-        super().__init__(system, name, flags=Flags(intensity=None))
+        super().__init__(system, name, flags=Flags(intensity=None, strategy=Strategy.DYNAMIC))
         self._services = services
         self._host = SandboxHost(services.layout)
         self._running: dict[str, list[Deferred]] = {}
@@ -41,8 +42,9 @@ class SandboxSupervisor(Supervisor):
             case _ if isinstance(message, messages.TO_ONE):
                 return self._hand_on(message)
             case _:
-                super().on_message(message)
+                answer = super().on_message(message)
                 self._tell_released()
+                return answer
         return None
 
     def _tell_released(self) -> None:
@@ -53,7 +55,7 @@ class SandboxSupervisor(Supervisor):
 
     def _start(self, task: str, spec: TaskSpec, manual: bool) -> None:
         name, services, host, system = sandbox_name(task), self._services, self._host, self.system
-        self.start_child(
+        self.ensure_child(
             ChildSpec(name, lambda: SandboxActor(system, name, services, host, task, spec, manual), restart=Restart.TRANSIENT)
         )
 

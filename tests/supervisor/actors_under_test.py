@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from supervisor.actor import Actor, Exited
+from supervisor.actor import Actor
+from supervisor.exits import Begun, Exited
 from supervisor.system import System
 
 TIMEOUT_S = 5.0
@@ -74,9 +75,13 @@ class Alone:
     def start(self, name: str, generation: int = 0, **behaviour: Callable[[Puppet], Any]) -> Puppet:
         puppet = Puppet(self.system, name, self.log, **behaviour)
         self.system.expect(name)
-        puppet.launch(generation, self.exits.put)
+        puppet.launch(generation, self.hears)
         assert puppet.begun.wait(TIMEOUT_S)
         return puppet
+
+    def hears(self, message: Begun | Exited) -> None:
+        if isinstance(message, Exited):
+            self.exits.put(message)
 
     def exited(self) -> Exited:
         return self.exits.get(timeout=TIMEOUT_S)

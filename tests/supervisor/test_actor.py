@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import supervisor.actor
-from supervisor.actor import Exited, Stop
+from supervisor.actor import Stop
 from supervisor.answers import Answer, Deferred, Refused, Worked, WorkFailed, refusal
+from supervisor.exits import NORMAL, STOPPED, Cause, Exit, Exited
 from supervisor.system import System
 from tests.supervisor.actors_under_test import TIMEOUT_S, Alone, Log, Puppet, crash, hold
 
@@ -35,12 +36,12 @@ def test_an_actor_begins_hears_and_ends(alone: Alone) -> None:
     assert alone.log.take(2) == [("begin", "a"), ("message", "a", "hello")]
     stop(puppet)
     assert alone.log.next() == ("end", "a", "stopped")
-    assert alone.exited() == Exited("a", 0, "stopped")
+    assert alone.exited() == Exited("a", 0, STOPPED)
 
 
 def test_an_actor_that_finishes_ends_normally(alone: Alone) -> None:
     alone.start("a", generation=3).mailbox(Puppet.finish)
-    assert alone.exited() == Exited("a", 3, None)
+    assert alone.exited() == Exited("a", 3, NORMAL)
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(1), KeyboardInterrupt(), GeneratorExit()])
@@ -48,7 +49,7 @@ def test_an_actor_that_cannot_begin_is_said_to_have_ended(alone: Alone, error: B
     puppet = alone.start("a", begin=crash(error))
     text = f"{type(error).__name__}: {error}"
     assert puppet.failed_to_begin == text
-    assert alone.exited() == Exited("a", 0, text)
+    assert alone.exited() == Exited("a", 0, Exit(Cause.CRASH, text))
     assert alone.log.take(2) == [("begin", "a"), ("end", "a", text)]
     assert not alone.system.tell("a", "hello")
 
@@ -57,20 +58,20 @@ def test_an_actor_that_cannot_begin_is_said_to_have_ended(alone: Alone, error: B
 def test_an_actor_that_raises_ends_and_no_other(alone: Alone, error: BaseException) -> None:
     puppet, other = alone.start("a"), alone.start("b")
     puppet.mailbox(crash(error))
-    assert alone.exited() == Exited("a", 0, f"{type(error).__name__}: {error}")
+    assert alone.exited() == Exited("a", 0, Exit(Cause.CRASH, f"{type(error).__name__}: {error}"))
     assert alone.system.ask("b", lambda puppet: "still there", TIMEOUT_S) == "still there"
     stop(other)
 
 
 def test_an_actor_that_cannot_end_in_order_has_ended_all_the_same(alone: Alone, logged: list[str]) -> None:
     alone.start("a", end=crash(SystemExit("no"))).mailbox(Puppet.finish)
-    assert alone.exited() == Exited("a", 0, None)
+    assert alone.exited() == Exited("a", 0, NORMAL)
     assert logged == ["a could not end in order"]
 
 
 def test_an_actor_that_has_nothing_to_do_may_finish_while_it_begins(alone: Alone) -> None:
     puppet = alone.start("a", begin=Puppet.finish)
-    assert alone.exited() == Exited("a", 0, None)
+    assert alone.exited() == Exited("a", 0, NORMAL)
     assert puppet.failed_to_begin is None
     assert not alone.system.tell("a", "hello")
 
@@ -83,7 +84,7 @@ def test_stop_comes_after_the_message_in_hand_and_before_all_that_waits(alone: A
     assert entered.wait(TIMEOUT_S)
     puppet.mailbox(Stop())
     go.set()
-    assert alone.exited() == Exited("a", 0, "stopped")
+    assert alone.exited() == Exited("a", 0, STOPPED)
     assert alone.log.take(2) == [("begin", "a"), ("end", "a", "stopped")]
     assert alone.log.silent
 
@@ -91,12 +92,12 @@ def test_stop_comes_after_the_message_in_hand_and_before_all_that_waits(alone: A
 def test_an_actor_told_to_stop_while_it_begins_never_gets_its_name(alone: Alone) -> None:
     entered, go = threading.Event(), threading.Event()
     puppet = Puppet(alone.system, "a", alone.log, begin=hold(entered, go))
-    puppet.launch(0, alone.exits.put)
+    puppet.launch(0, alone.hears)
     assert entered.wait(TIMEOUT_S)
     puppet.mailbox(Stop())  # its supervisor leaves it behind, and starts another one
     successor = alone.start("a")
     go.set()
-    assert alone.exited().error == "stopped"
+    assert alone.exited().exit.text == "stopped"
     assert puppet.begun.wait(TIMEOUT_S)
     assert alone.system.ask("a", lambda puppet: puppet, TIMEOUT_S) is successor
     stop(successor)
@@ -134,7 +135,7 @@ def test_a_request_at_which_the_actor_crashes_is_refused_with_the_exception(alon
     alone.start("a")
     with pytest.raises(RuntimeError, match="^boom$"):
         alone.system.ask("a", crash(SystemExit("boom")), TIMEOUT_S)
-    assert alone.exited().error == "SystemExit: boom"
+    assert alone.exited().exit.text == "SystemExit: boom"
 
 
 def test_requests_behind_a_crash_go_to_the_next_incarnation(alone: Alone) -> None:
@@ -218,7 +219,7 @@ def test_the_inbox_is_bounded_and_what_matters_gets_in(
     number = alone.system.request("a", "hello", asked)
     assert asked.next() == (Refused(number, "a is overloaded"),)
     assert logged == ["a has 3 messages waiting; what comes now is lost"]
-    vital = [Answer(1, "yes"), Refused(2, "no"), Worked("key", 3), Exited("child", 0, None)]
+    vital = [Answer(1, "yes"), Refused(2, "no"), Worked("key", 3), Exited("child", 0, NORMAL)]
     for message in vital:  # for each of these somebody waits, who would wait for ever
         puppet.mailbox(message)
     go.set()
@@ -238,7 +239,7 @@ def test_a_full_inbox_does_not_keep_an_actor_from_being_stopped(alone: Alone, mo
     puppet.mailbox("fills it")
     puppet.mailbox(Stop())
     go.set()
-    assert alone.exited().error == "stopped"
+    assert alone.exited().exit.text == "stopped"
 
 
 # --- timers and work ---

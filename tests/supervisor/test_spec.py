@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from supervisor.actor import Actor
-from supervisor.spec import ChildSpec, Flags, Restart, SpecError, check_children
+from supervisor.spec import ChildSpec, Flags, Restart, SpecError, Type, check_children
 from supervisor.system import System
 from supervisor.tree import Supervisor
 
@@ -16,12 +18,13 @@ def make() -> Actor:
 
 def test_defaults_are_those_of_otp() -> None:
     spec = ChildSpec("a", make)
-    assert (spec.restart, spec.shutdown_s) == (Restart.PERMANENT, 5.0)
+    assert ChildSpec("a", make, type=Type.SUPERVISOR).patience_s == math.inf
+    assert (spec.restart, spec.patience_s) == (Restart.PERMANENT, 5.0)
 
 
-@pytest.mark.parametrize("shutdown_s", [0, 0.5, None])
+@pytest.mark.parametrize("shutdown_s", [0, 0.5, math.inf])
 def test_shutdown_times_that_are_good(shutdown_s: float | None) -> None:
-    assert ChildSpec("a", make, shutdown_s=shutdown_s).shutdown_s == shutdown_s
+    assert ChildSpec("a", make, shutdown_s=shutdown_s).patience_s == shutdown_s
 
 
 @pytest.mark.parametrize(
