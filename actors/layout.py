@@ -24,6 +24,11 @@ class Layout:
         return self.state / "reserve"
 
     @property
+    def events(self) -> Path:
+        """What has happened to the daemon's actors."""
+        return self.state / "events"
+
+    @property
     def workspaces(self) -> Path:
         """The stores: one directory to each NAME."""
         return self.state / "workspaces"

@@ -42,10 +42,11 @@ from actors.mount.syncer import SyncerActor
 from actors.output.actor import OutputActor
 from actors.records import MIGRATIONS
 from actors.sandbox.supervisor import SandboxSupervisor
-from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, SANDBOXES, SYNCER, Services
+from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, PROGRESS_S, SANDBOXES, SYNCER, Services
 from actors.settings import Settings, load_settings
 from supervisor.actor import Stop
 from supervisor.descriptors import Descriptors
+from supervisor.events import EventLog
 from supervisor.isolation import Isolation
 from supervisor.keeper import EXIT_REFUSES
 from supervisor.lockfile import LockFile
@@ -85,9 +86,9 @@ def main(argv_of: Callable[..., list[str]]) -> int:
         logger.error("{}", error)
         return EXIT_REFUSES
     clean_up(services)
-    system = System()
+    system = System(EventLog(layout.events).append, end_for)
     tree = root(system, services, ended=asked_to_end.set)
-    tree.launch(0, None)
+    tree.launch(next(system.generations), None)
     tree.begun.wait()
     # The main process is the keeper, who may be another one than the manager started.
     notify(f"READY=1\nMAINPID={services.descriptors.welcome.pid}")
@@ -146,13 +147,13 @@ class Root(Supervisor):
 
 def root(system: System, services: Services, ended: Callable[[], None]) -> Root:
     """The tree.  `ended` is called when it is no more."""
-    syncer = (ChildSpec(SYNCER, lambda: SyncerActor(system, SYNCER, services)),)
+    syncer = (ChildSpec(SYNCER, lambda: SyncerActor(system, SYNCER, services), progress_s=PROGRESS_S),)
     children = (
-        ChildSpec(OUTPUT, lambda: OutputActor(system, OUTPUT, services)),
-        ChildSpec(IMAGES, lambda: ImageActor(system, IMAGES, services)),
+        ChildSpec(OUTPUT, lambda: OutputActor(system, OUTPUT, services), progress_s=PROGRESS_S),
+        ChildSpec(IMAGES, lambda: ImageActor(system, IMAGES, services), progress_s=PROGRESS_S),
         ChildSpec(MOUNTS, lambda: MountSupervisor(system, MOUNTS, services, syncer), type=Type.SUPERVISOR),
         ChildSpec(SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services), type=Type.SUPERVISOR),
-        ChildSpec(GATEWAY, lambda: GatewayActor(system, GATEWAY, services, gateway_listener(services))),
+        ChildSpec(GATEWAY, lambda: GatewayActor(system, GATEWAY, services, gateway_listener(services)), progress_s=PROGRESS_S),
     )
     tree = system.root = Root(system, children, ended)
     return tree
@@ -165,6 +166,12 @@ def gateway_listener(services: Services) -> socket.socket:
         held = listen(services.layout.run / SOCKET_NAME).detach()
         services.descriptors.keep({LISTENER: held})
     return socket.socket(fileno=os.dup(held))
+
+
+def end_for(name: str) -> None:
+    """End this process for an actor that hangs, for a thread cannot be killed; the keeper starts another one, which adopts all there is."""
+    logger.error("{} hangs: this process ends, and the keeper starts another", name)
+    os._exit(1)
 
 
 def clean_up(services: Services) -> None:

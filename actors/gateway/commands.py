@@ -135,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (result, stop, logs):
         command.add_argument("task", type=_text, metavar="TASK")
     add("tree", f"{reading}:tree", "show the daemon's supervisors, actors and processes")
+    events = add("events", f"{reading}:events", "show what has lately happened to the daemon's actors")
+    events.add_argument("-n", "--last", type=_at_least_one, default=50, metavar="N", help="so many of them (50)")
     add("doctor", "actors.doctor:doctor", "try every part of this host that the daemon needs")
     demo = add("demo", "actors.demonstration:demo", "show the whole node at work, as `make run` does", json=False)
     demo.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ from actors.gateway.messages import (
     Wait,
 )
 from actors.gateway.submitting import progress_line
+from actors.layout import Layout
 from actors.quantities import format_bytes
 from actors.settings import Settings
+from supervisor.events import Event, read_events
 
 MOUNT_TIMEOUT_S = 86400.0  # building an image may take long and has a bound of its own
 
@@ -122,6 +125,16 @@ def tree(arguments: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def events(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Read from the log itself: it is there when no daemon is."""
+    rows = list(read_events(Layout(Path(settings.state.dir), Path(settings.run.dir)).events))[-arguments.last :]
+    if arguments.json:
+        show_json(rows)
+    else:
+        show_table(("TIME", "SUPERVISOR", "CHILD", "WHAT", "CAUSE", "AGAIN", "TEXT"), [_event(row) for row in rows])
+    return 0
+
+
 def image_ls(arguments: argparse.Namespace, settings: Settings) -> int:
     client = Client(settings.run.dir)
     answer = client.ask(ListImages(client.number()))
@@ -190,6 +203,12 @@ def draw(node: TreeNode, own: str = "", below: str = "") -> Iterator[str]:
     for child in node.children:
         last = child is node.children[-1]
         yield from draw(child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "))
+
+
+def _event(row: Event) -> tuple[str, ...]:
+    at = datetime.fromtimestamp(row.at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    again = "-" if row.pause_s is None else f"in {row.pause_s:.3g}s"
+    return at, row.supervisor, row.child, row.what, row.cause, again, " ".join(row.text.split())
 
 
 def _code(shown: TaskResult) -> str:

@@ -12,7 +12,7 @@ from actors.gateway.messages import TaskSpec
 from actors.sandbox import messages
 from actors.sandbox.actor import SandboxActor
 from actors.sandbox.host import SandboxHost
-from actors.services import Services, sandbox_name
+from actors.services import PROGRESS_S, Services, sandbox_name
 from supervisor.answers import Answer, Deferred
 from supervisor.spec import ChildSpec, Flags, Restart
 from supervisor.strategy import Strategy
@@ -56,7 +56,12 @@ class SandboxSupervisor(Supervisor):
     def _start(self, task: str, spec: TaskSpec, manual: bool) -> None:
         name, services, host, system = sandbox_name(task), self._services, self._host, self.system
         self.ensure_child(
-            ChildSpec(name, lambda: SandboxActor(system, name, services, host, task, spec, manual), restart=Restart.TRANSIENT)
+            ChildSpec(
+                name,
+                lambda: SandboxActor(system, name, services, host, task, spec, manual),
+                Restart.TRANSIENT,
+                progress_s=PROGRESS_S,
+            )
         )
 
     def _create(self, task: str, spec: TaskSpec) -> Any:

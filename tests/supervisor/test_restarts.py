@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.restarts import Backoff, Window
+from supervisor.restarts import Backoff, Window, exponential
 
 # Whole numbers, so that a moment lies exactly on the edge of a period often.
 gaps = st.lists(st.integers(0, 12), max_size=60)
@@ -52,3 +54,18 @@ def test_pauses_are_taken_in_turn_the_last_one_again_and_again(
         assert pause_s == (pauses_s + [pauses_s[-1]] * len(lives))[in_a_row]
         in_a_row += 1
         now += between_s
+
+
+@given(st.floats(0.01, 1), st.floats(1, 100), st.floats(1.5, 4))
+def test_exponential_pauses_grow_up_to_their_bound(first_s: float, max_s: float, factor: float) -> None:
+    none, *pauses_s = exponential(first_s, max_s, factor)
+    assert (none, pauses_s[0], pauses_s[-1]) == (0.0, first_s, max_s)
+    for shorter_s, longer_s in itertools.pairwise(pauses_s):
+        assert longer_s == min(shorter_s * factor, max_s)
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_jitter_makes_a_pause_longer_and_never_shorter(jitter: float, chance: float) -> None:
+    _, pause_s = Backoff((2.0,), 10.0, jitter=jitter).ended(0.0, chance)
+    assert 2.0 <= pause_s <= 2.0 * (1 + jitter)
+    assert pause_s == 2.0 * (1 + jitter * chance)

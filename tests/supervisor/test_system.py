@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from supervisor.answers import Answer, Refused
-from supervisor.system import Request, System
+from supervisor.system import Reference, Request, System
 
 
 class Box:
@@ -111,6 +111,47 @@ def test_who_is_left_behind_does_not_take_the_name_from_its_successor(system: Sy
     system.unregister("a", first)  # now it has ended
     assert system.tell("a", "hello")
     assert second.get() == "hello"
+
+
+# --- references ---
+
+
+def test_a_reference_is_to_one_incarnation(system: System) -> None:
+    first, second = Box(), Box()
+    assert system.reference("a") is None
+    system.register("a", first, 7)
+    reference = system.reference("a")
+    assert reference == Reference("a", 7)
+    assert system.tell(reference, "to the first")
+    system.unregister("a", first)
+    assert not system.tell(reference, "lost")
+    system.register("a", second, 8)
+    assert not system.tell(reference, "lost")
+    assert system.tell("a", "to whoever it is")
+    assert (first.get(), second.get()) == ("to the first", "to whoever it is")
+    assert first.empty()
+    assert second.empty()
+
+
+def test_what_one_incarnation_is_asked_no_other_answers(system: System) -> None:
+    asker, first, second = Box(), Box(), Box()
+    system.register("a", first, 7)
+    asked = system.request(Reference("a", 7), "hello", asker)
+    assert first.get().message == "hello"
+    system.unregister("a", first)
+    assert asker.get() == Refused(asked, "a of generation 7 has ended")  # at once, and not when there is a successor
+    late = system.request(Reference("a", 7), "hello", asker)
+    assert asker.get() == Refused(late, "a of generation 7 has ended")
+    system.register("a", second, 8)
+    assert second.empty()
+    late = system.request(Reference("a", 7), "hello", asker)
+    assert asker.get() == Refused(late, "a of generation 7 has ended")
+    system.request(Reference("a", 8), "hello", asker)
+    assert second.get().message == "hello"
+
+
+def test_no_two_starts_have_the_same_number(system: System) -> None:
+    assert len({next(system.generations) for _ in range(1000)}) == 1000
 
 
 def test_an_answer_that_nobody_waits_for_is_left_alone(system: System) -> None:

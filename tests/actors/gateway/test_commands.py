@@ -34,6 +34,7 @@ from actors.gateway.messages import (
     TreeShown,
     Wait,
 )
+from supervisor.events import Event, EventLog
 from tests.actors.gateway.scripted import Connection, ScriptedDaemon, result
 from tests.actors.gateway.test_following import record
 
@@ -151,7 +152,7 @@ def test_settings_that_cannot_be_used_are_listed_all_at_once(run: Run) -> None:
 def test_help_names_every_command(run: Run) -> None:
     done = run("--help")
     assert done.returncode == 0
-    for command in ("daemon", "wait", "submit", "batch", "ps", "result", "stop", "logs", "tree", "doctor", "image"):
+    for command in ("daemon", "wait", "submit", "batch", "ps", "result", "stop", "logs", "tree", "events", "doctor", "image"):
         assert command in done.stdout
 
 
@@ -400,6 +401,25 @@ def test_tree(run: Run, tmp_path: Path) -> None:
     daemon.join()
     assert set(shown) == {"name", "kind", "pid", "state", "restarts", "children"}
     assert shown["children"][0]["restarts"] == 1
+
+
+def test_events(run: Run, tmp_path: Path) -> None:
+    """Without a daemon: that is when one wants to know."""
+    assert json.loads(run("events", "--json").stdout) == []
+    (tmp_path / "state").mkdir(exist_ok=True)
+    log = EventLog(tmp_path / "state" / "events")
+    for number in range(60):
+        log.append(Event(1.5, "root", "images", number, "ended", "crash", "OSError: no\n disk", 0.25))
+    log.close()
+    heads, *rows = run("events").stdout.splitlines()
+    assert heads.split() == ["TIME", "SUPERVISOR", "CHILD", "WHAT", "CAUSE", "AGAIN", "TEXT"]
+    assert len(rows) == 50
+    assert rows[0].split(maxsplit=7) == [
+        *["1970-01-01T00:00:01.500Z", "root", "images", "ended", "crash", "in", "0.25s", "OSError: no disk"],
+    ]
+    shown = json.loads(run("events", "-n", "2", "--json").stdout)
+    assert [event["generation"] for event in shown] == [58, 59]
+    assert set(shown[0]) == {"at_s", "supervisor", "child", "generation", "what", "cause", "text", "pause_s"}
 
 
 def test_images(run: Run, tmp_path: Path) -> None:
