@@ -84,6 +84,13 @@ class ImageSection(Section, frozen=True):
     build_timeout_s: Annotated[float, Meta(ge=1, le=86400)] = 3600
 
 
+class S3Section(Section, frozen=True):
+    bucket: Annotated[str, Meta(pattern=r"^([A-Za-z0-9._-]{3,255})?$", description="a bucket's name, or nothing")] = ""
+    prefix: Annotated[str, Meta(pattern=r"^[!-~]*$", max_length=500, description="a part of a key, or nothing")] = "aerie"
+    endpoint: Annotated[str, Meta(pattern=r"^(https?://[^\s/]+/?)?$", description="http(s)://HOST[:PORT], or nothing")] = ""
+    region: Annotated[str, Meta(pattern=r"^[A-Za-z0-9-]*$", description="a region's name, or nothing")] = ""
+
+
 class MountSection(Section, frozen=True):
     read_timeout_s: Annotated[float, Meta(ge=0.1, le=3600)] = 30
     ready_timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 60
@@ -126,6 +133,7 @@ class Settings(msgspec.Struct, frozen=True):
     run: RunSection
     daemon: DaemonSection
     image: ImageSection
+    s3: S3Section
     mount: MountSection
     sandbox: SandboxSection
     output: OutputSection

@@ -1,13 +1,13 @@
 """Images: from a reference such as `ubuntu` to a read-only root file system that any number of tasks share.
 
 Purpose.  A reference is resolved to the digest of one manifest (`reference`, `registry`; how registries and mirrors are asked:
-`endpoint`, `blobs`, `patience`, `login`, `credentials`).  The image builder, a process of
-its own (`process`, `builder`), reads the registry's unmodified layers once (`stream`, `inflate`, `tar`, `content`), overlays them into
-one tree (`layers`), fills OBJECTS with the content of its files, and writes the image's archive (`archive`): the EROFS META that
-the kernel mounts, the table of objects, where in the layers one may start to read (`checkpoints`), and what a task needs of the
-image's config.  The kernel mounts META :: OBJECTS :: LAZY (`actors.lazytree`).  LAZY is an image mount, a process of its own (`serve`):
-it fetches what is read, and is not here, by ranges of the layers (`source`), into a spool from which whole objects are
-published (`spool`).
+`endpoint`, `blobs`, `patience`, `login`, `credentials`).  The image builder, a process of its own (`process`, `builder`), reads
+the registry's unmodified layers once (`stream`, `inflate`, `tar`, `content`), overlays them into one tree (`layers`), fills OBJECTS
+with the content of its files, and writes the image's archive (`archive`): the EROFS META that the kernel mounts, the table of
+objects, where in the layers one may start to read (`checkpoints`), and what a task needs of the image's config.  Nodes of a fleet
+share archives through S3 (`fleet`).  The kernel mounts META :: OBJECTS :: LAZY (`actors.lazytree`).  LAZY is an image mount, a process
+of its own (`serve`): it fetches what is read, and is not here, by ranges of the layers (`source`), into a spool from which whole
+objects are published (`spool`).
 
 Owns.  The archives in `image.archive_dir` (one file per manifest digest, maybe shared with other daemons), the image objects in
 `image.cache_dir` (named by the sha256 of their content), the mounts below `image.mount_dir`, and the image builders.

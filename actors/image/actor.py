@@ -27,6 +27,10 @@ from supervisor.actor import Actor
 from supervisor.answers import Deferred, Worked, WorkFailed
 from supervisor.tree import System
 
+SHARING_PATIENCE_S = (
+    10.0  # for archives on their way to the bucket when the daemon stops; another node builds what is not there
+)
+
 
 @dataclass
 class Preparing:
@@ -49,6 +53,7 @@ class ImageActor(Actor):
         self._images: dict[str, Image] = {}
         self._given: dict[str, messages.RootfsReady] = {}
         self._preparing: dict[str, Preparing] = {}
+        self._sharing: list[Building] = []  # builders that have said `Built`, and push its archive for the fleet
         self._mounting_root: dict[str, list[Asked]] = {}  # by lease
         self._closing: list[Deferred] = []
 
@@ -95,6 +100,8 @@ class ImageActor(Actor):
     def on_end(self, reason: object) -> None:
         for preparing in self._preparing.values():
             preparing.building.let_go()
+        for building in self._sharing:
+            building.let_go()
         for image in self._images.values():
             if image.mount is not None:
                 image.mount.let_go()
@@ -111,6 +118,9 @@ class ImageActor(Actor):
                 self._unmount_idle(digest)
             case messages.CloseImages():
                 return self._close()
+            case messages.StopSharing():
+                for building in list(self._sharing):
+                    self._share_over(building)
             case Worked(("root", lease), path):
                 self._root_mounted(lease, path)
             case WorkFailed(("root", lease), error):
@@ -125,6 +135,8 @@ class ImageActor(Actor):
                     self._from_mount(image, message)
                 for preparing in list(self._preparing.values()):
                     self._from_builder(preparing, message)
+                for building in list(self._sharing):
+                    self._from_sharer(building, message)
         return None
 
     # --- leases ---
@@ -318,12 +330,12 @@ class ImageActor(Actor):
                 self._built(preparing, self._images.get(digest))
             case wire.Built() as built:
                 self._catalogue.resolve(reference, login, built.digest)
-                self._built(preparing, self._catalogue.add(reference, built))
+                self._built(preparing, self._catalogue.add(reference, built), goes_on=preparing.building.shares)
             case wire.BuildFailed(kind, error):
                 self._build_failed(preparing, kind, error)
 
-    def _built(self, preparing: Preparing, image: Image | None) -> None:
-        for asked in self._over(preparing):
+    def _built(self, preparing: Preparing, image: Image | None, goes_on: bool = False) -> None:
+        for asked in self._over(preparing, goes_on):
             if image is not None:
                 self._lease(image, asked)
             else:  # it was known when the builder began, and its archive has been found damaged meanwhile
@@ -338,12 +350,29 @@ class ImageActor(Actor):
         for asked in self._over(preparing):
             asked.reply.set_exception(Refusal(error))
 
-    def _over(self, preparing: Preparing) -> list[Asked]:
-        """The builder has said its last word (it ends by itself) → who waits for it."""
-        preparing.building.let_go()
+    def _over(self, preparing: Preparing, goes_on: bool = False) -> list[Asked]:
+        """The builder has said its last word (it ends by itself), or `goes_on` to share what it built → who waits for it."""
+        if goes_on:
+            self._sharing.append(preparing.building)
+        else:
+            preparing.building.let_go()
         del self._preparing[name_of(preparing.building.reference, preparing.building.login)]
         self._check_closed()
         return preparing.waiting
+
+    def _from_sharer(self, building: Building, message: Any) -> None:
+        match building.take(message):
+            case wire.Shared(_, problem):
+                if problem:
+                    logger.warning(problem)
+                self._share_over(building)
+            case wire.Resolved() | wire.BuildFailed():  # of one that took the place of a dead one, and has nothing to share
+                self._share_over(building)
+
+    def _share_over(self, building: Building) -> None:
+        self._sharing.remove(building)
+        building.let_go()
+        self._check_closed()
 
     # --- the rest ---
 
@@ -372,11 +401,17 @@ class ImageActor(Actor):
                 image.idle.cancel()
                 image.idle = None
             self._watch_idle(image)
+        self.after(SHARING_PATIENCE_S, messages.StopSharing())
         self._check_closed()
         return done
 
     def _check_closed(self) -> None:
-        if not self._closing or self._preparing or any(image.mount is not None for image in self._images.values()):
+        if (
+            not self._closing
+            or self._preparing
+            or self._sharing
+            or any(image.mount is not None for image in self._images.values())
+        ):
             return
         if mounts.mounts_below(str(self._mounts)):
             return

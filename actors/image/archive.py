@@ -13,13 +13,14 @@ beside, renamed into place), and whoever writes one for the same digest writes a
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import secrets
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import BinaryIO
 
@@ -152,6 +153,33 @@ def write_archive(directory: str, root: erofs.Node, rows: Iterable[Row], checkpo
             raise
     _sync_directory(directory)
     return path
+
+
+def receive_archive(directory: str, digest: str, fill: Callable[[BinaryIO], bool]) -> Archive | None:
+    """Take the archive of `digest` as `fill` writes it into a file, checked as a whole before it has its name, and durable.
+
+    None when `fill` returns False: there was none.  Raises ArchiveInvalid for what is no archive or another image's, OSError.
+    """
+    _remove_abandoned(directory)
+    path = archive_path(directory, digest)
+    temporary, file = _create(directory, os.path.basename(path).removesuffix(".aerie"))
+    with file:
+        try:
+            if not fill(file):
+                os.unlink(temporary)
+                return None
+            file.flush()
+            info = Archive.open(temporary).info
+            if info.digest != digest:
+                raise ArchiveInvalid(f"{path}: what came for it is the archive of {info.digest}")
+            os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    _sync_directory(directory)
+    return Archive.open(path, checked=True)
 
 
 def _write_sections(file: BinaryIO, root: erofs.Node, rows: Iterable[Row], checkpoints: Checkpoints, info: ImageInfo) -> None:

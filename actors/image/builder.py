@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from actors.image.archive import Archive, ImageInfo, LayerInfo, archive_path, write_archive
 from actors.image.checkpoints import Checkpoints
@@ -21,10 +22,13 @@ from actors.image.reference import Reference
 from actors.image.registry import Registry
 from actors.image.stream import Budget, LayerStream, Verified, decompress
 from actors.image.tar import entries
-from actors.image.wire import BuildImage, Built, Progress, Resolved
+from actors.image.wire import BuildImage, Built, Progress, Resolved, Shared
 from actors.lazytree.erofs import Node
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import CorruptTable
+
+if TYPE_CHECKING:
+    from actors.image.fleet import SharedArchive  # with boto3, which only a builder for a fleet loads
 
 
 class Build:
@@ -37,6 +41,7 @@ class Build:
         self._manifest: Manifest | None = None
         self._layer = 0
         self._read_bytes = 0
+        self._shared: SharedArchive | None = None  # with the lease on the image's archive
 
     def _new_budget(self) -> Budget:
         return Budget(self._order.unpacked_bytes_max, self._order.entries_max)
@@ -60,19 +65,68 @@ class Build:
                 digest = registry.resolve(platform)
                 if digest == order.known_digest:
                     return Resolved(digest)
-                if found := self._find(digest, objects):
-                    return found
-                try:
-                    return self._build(registry, digest, platform, objects)
-                except ContentCorrupt:
-                    if not registry.distrust_mirrors():
-                        raise
-                    self._budget, self._read_bytes = self._new_budget(), 0
-                    return self._build(registry, digest, platform, objects)
+                return (
+                    self._find(digest, objects)
+                    or self._pull(registry, digest, objects)
+                    or self._build_trusting(registry, digest, platform, objects)
+                )
         except OSError as error:
+            self._give_up()
             raise _storage_error(error) from error
+        except BaseException:
+            self._give_up()
+            raise
         finally:
             objects.close()
+
+    def share(self, built: Built) -> Shared:
+        """After the answer: see to it that the archive is in the fleet's bucket, if the order names one."""
+        from actors.image.fleet import BucketAway, SharedArchive
+
+        assert self._order.bucket is not None
+        self._phase = "sharing archive"
+        try:
+            self._shared = self._shared or SharedArchive(self._order.bucket, built.digest)
+            return Shared(self._shared.push(built.archive))
+        except (BucketAway, OSError) as error:
+            return Shared(False, f"{self._order.reference}: its archive is not shared: {error}")
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Let another node build it."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+
+    def _pull(self, registry: Registry, digest: str, objects: Objects) -> Resolved | Built | None:
+        """The image as another node of the fleet has built it; None when it is for this node to build."""
+        # An image whose content is to be complete needs its layers read, which makes the archive, too.
+        if self._order.bucket is None or not self._order.lazy:
+            return None
+        from actors.image.fleet import BucketAway, SharedArchive
+
+        def waiting() -> None:
+            self._phase = "waiting for another node"
+
+        try:
+            self._shared = SharedArchive(self._order.bucket, digest)
+            layers = [layer.digest for layer in registry.manifest(digest).layers]
+            if self._shared.obtain(self._order.archive_dir, layers, waiting) is not None:
+                return self._find(digest, objects)
+        except BucketAway:
+            self._give_up()  # `share` says what is wrong with it
+        return None
+
+    def _build_trusting(self, registry: Registry, digest: str, platform: Platform, objects: Objects) -> Built:
+        """Build it, from the registry alone if what came from a mirror was damaged."""
+        try:
+            return self._build(registry, digest, platform, objects)
+        except ContentCorrupt:
+            if not registry.distrust_mirrors():
+                raise
+            self._budget, self._read_bytes = self._new_budget(), 0
+            return self._build(registry, digest, platform, objects)
 
     def _find(self, digest: str, objects: Objects) -> Resolved | Built | None:
         """The image if it is here already, archive and (unless it is mounted lazily) every object; None when something is to be done."""

@@ -18,7 +18,7 @@ from supervisor.isolation import Process
 from supervisor.processes import ProcessRow
 from supervisor.worker import Ended, Said, Started, Worker
 
-BUILDER_SAYS = Codec(wire.Progress, wire.Resolved, wire.Built, wire.BuildFailed)
+BUILDER_SAYS = Codec(wire.Progress, wire.Resolved, wire.Built, wire.Shared, wire.BuildFailed)
 BUILDER = "image builder"
 BUILDER_DEATHS_MAX = 5  # in one build; then it is the image that kills them
 
@@ -30,7 +30,8 @@ class Building:
 
     `login` is the asking task's, None for Docker's.
 
-    The actor hands every message to `take`, and calls `let_go` after the last word or when it ends.
+    The actor hands every message to `take`, and calls `let_go` after the last word or when it ends.  In a fleet (`shares`) the
+    builder goes on after `Built`: `Shared` is its last word.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Building:
     ) -> None:
         self.reference = reference
         self.login = login
+        s3 = services.settings.s3
+        self._bucket = wire.Bucket(s3.bucket, s3.prefix, s3.endpoint, s3.region) if s3.bucket else None
         self._actor = actor
         self._services = services
         self._known_digest = known_digest
@@ -45,13 +48,20 @@ class Building:
         self._worker = Worker(actor, services.watcher, f"{BUILDER} {reference} {next(_numbers)}")
         self._worker.start(self._make)
 
-    def take(self, message: Any) -> wire.Progress | wire.Resolved | wire.Built | wire.BuildFailed | None:
-        """What a message that arrived at the actor means for it; all but `Progress` are the builder's last word."""
+    @property
+    def shares(self) -> bool:
+        """Whether the builder goes on after `Built`."""
+        return self._bucket is not None
+
+    def take(self, message: Any) -> wire.Progress | wire.Resolved | wire.Built | wire.Shared | wire.BuildFailed | None:
+        """What a message that arrived at the actor means for it; all but `Progress` (and `Built`, if it `shares`) end it."""
         match self._worker.take(message):
             case Started():
                 row = ProcessRow(BUILDER, self._worker.pid or 0, self._worker.restarts)
                 self._services.processes.put(self._actor.name, row, self._worker.name)
-            case Said(_, _, (wire.Progress() | wire.Resolved() | wire.Built() | wire.BuildFailed()) as said):
+            case Said(_, _, said) if isinstance(
+                said, wire.Progress | wire.Resolved | wire.Built | wire.Shared | wire.BuildFailed
+            ):
                 return said
             case Ended(_, _, how):
                 # Killed, most likely; what it had published whole stays, so its successor has less to do.
@@ -79,6 +89,7 @@ class Building:
             time_max_s=settings.build_timeout_s,
             lazy=False,
             access=Access(self.login, mirrors_of(self.reference.registry, settings.mirrors)),
+            bucket=self._bucket,
         )
         return self._services.isolation.start(BUILDER, "actors.image.process:serve", order, BUILDER_SAYS)
 

@@ -77,6 +77,10 @@ class CloseImages(Message, frozen=True):
     """Release every lease and unmount everything → Released."""
 
 
+class StopSharing(Message, frozen=True):
+    """To itself: what is still being pushed to the fleet's bucket is given up."""
+
+
 class ImageProgress(Message, frozen=True):
     """Told to the gateway: what those who want these leases wait for."""
 

@@ -14,7 +14,7 @@ import types
 
 from actors.image.builder import Build
 from actors.image.errors import ImageError, OverBounds
-from actors.image.wire import BuildFailed, BuildImage, Built, Resolved
+from actors.image.wire import BuildFailed, BuildImage, Built, Resolved, Shared
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Codec
 
@@ -24,6 +24,8 @@ ANSWER_TIMEOUT_S = 30.0  # for a reader who is behind; without the answer, the n
 
 def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     """Do the `BuildImage` in `arguments`; say `Progress` meanwhile, and `Resolved`, `Built` or `BuildFailed` at the end.
+
+    If the order has a bucket, `Built` is followed by more `Progress`, and by `Shared`.
 
     Ends at once, without an answer, when nobody is at the other end any more.
     """
@@ -54,5 +56,16 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         channel.send(answer, timeout_s=ANSWER_TIMEOUT_S)
+        if order.bucket is None or not isinstance(answer, Built):
+            return
+        deadline = time.monotonic() + order.time_max_s
+        try:
+            signal.setitimer(signal.ITIMER_REAL, PULSE_S, PULSE_S)
+            shared = build.share(answer)
+        except OverBounds as error:
+            shared = Shared(False, str(error))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        channel.send(shared, timeout_s=ANSWER_TIMEOUT_S)
     except ChannelClosed:
         return

@@ -6,6 +6,15 @@ from actors.image.login import Access
 from supervisor.frames import Message
 
 
+class Bucket(Message, frozen=True):
+    """Where a fleet shares archives: a bucket of S3 or of what speaks its protocol; "" is as boto3's own chain has it."""
+
+    name: str
+    prefix: str = ""
+    endpoint: str = ""
+    region: str = ""
+
+
 class BuildImage(Message, frozen=True):
     """The arguments of a builder: see to it that the image's archive and all of its content are on this node.
 
@@ -13,6 +22,9 @@ class BuildImage(Message, frozen=True):
     `archive_dir`, `cache_dir`: where archives and objects lie.  `known_digest`: the manifest whose archive and content are
     known to be here, complete and durable; None when there is none.  `access`: as whom, and through which mirrors.  `lazy`: content
     may be missing, for the image is mounted with a LAZY layer (`ServeImage`) that fetches it.
+
+    `bucket`: where the fleet shares archives.  A lazy image's archive is pulled from there, or built here while others wait; any
+    archive that is built or found here is pushed there behind the answer, and then `Shared` is the last word.
 
     The bounds are absolute: `unpacked_bytes_max` of all layers decompressed (holes of sparse files are not in there),
     `entries_max` of all layers (the builder takes about 2 KB of memory for each), `time_max_s` for everything.
@@ -32,12 +44,14 @@ class BuildImage(Message, frozen=True):
     time_max_s: float = 3600.0
     lazy: bool = False
     access: Access = Access()
+    bucket: Bucket | None = None
 
 
 class Progress(Message, frozen=True):
     """How far the build is, four times a second, also while it waits: `bytes_done` of `bytes_total` of compressed layers read.
 
-    `phase` is "resolving", "reading layers" or "writing archive"; `layer` counts from 1 to `layers`.
+    `phase` is "resolving", "waiting for another node", "reading layers", "writing archive" or "sharing archive"; `layer` counts
+    from 1 to `layers`.
     """
 
     phase: str
@@ -67,6 +81,16 @@ class Built(Message, frozen=True):
     unpacked_bytes: int
     layer_bytes: int
     complete: bool = True
+
+
+class Shared(Message, frozen=True):
+    """After `Built`, if the order has a bucket: the archive is there, or `problem` says why not, which is no error of the image's.
+
+    `pushed`: it was put there now.
+    """
+
+    pushed: bool
+    problem: str = ""
 
 
 class BuildFailed(Message, frozen=True):

@@ -242,6 +242,11 @@ def silent(time_s: float = 3600.0) -> Action:
     return act
 
 
+def hang_up(exchange: Exchange) -> None:
+    """Take the request and break the connection."""
+    exchange.handler.close_connection = True
+
+
 def throttle(bytes_per_s: float) -> Action:
     """Send the body no faster than that, a piece at a time."""
 
