@@ -39,7 +39,7 @@ TASK_S = 180.0  # that a task may take in all of it
 # Those that nothing else can be said of than that they must be there again; the others live as long as their task or image.
 RETURNING = ("keeper", victims.ROOT, "fork server", "output mover", "syncer")
 
-# A runtime lives for milliseconds, so it is struck from within: a program in its place which, when told to, has itself struck while it is the runtime.
+# A runtime lives for milliseconds: the program in its place has itself struck, when told to, and then is the runtime.
 RUNTIME = """#!/bin/sh
 for verb in create start delete; do
   case " $* " in *" $verb "*)
