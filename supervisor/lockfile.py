@@ -37,14 +37,17 @@ class LockFile:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+        self._write(b"")
         return True
 
     def beat(self) -> None:
         """Show that this process, which holds the lock, lives.  Needs no path and no privilege."""
         self._beats += 1
-        os.pwrite(self._descriptor, b"%d %d" % (os.getpid(), self._beats), 0)
+        self._write(b"%d" % self._beats)
+
+    def _write(self, beats: bytes) -> None:
+        # One write, always as long: who reads meanwhile sees no half of it, and nothing of an earlier holder's.
+        os.pwrite(self._descriptor, b"%-10d %-20s" % (os.getpid(), beats), 0)
 
     def holder(self) -> int:
         """The pid of who holds it; 0 when nobody does."""
@@ -117,5 +120,5 @@ def evict(path: Path, timeout_s: float = 5.0) -> None:
 
 
 def _parse(text: bytes) -> Sign:
-    pid, _, beats = text.partition(b" ")
-    return Sign(int(pid or 0), int(beats or 0))
+    pid, beats, *_ = [*map(int, text.split()), 0, 0]
+    return Sign(pid, beats)
