@@ -22,7 +22,6 @@ import resource
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -387,4 +386,6 @@ def raise_descriptor_limit() -> None:
 
 
 def say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
+    # Whatever becomes of the log (a full disk, a pipe that nobody reads any more), this process goes on.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%S')} keeper: {text}\n".encode(errors="backslashreplace"))
