@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def served(self) -> Path:
-        """Of each LAZY mount, the lock of its server, and the kernel's INIT request."""
+        """Who serves the LAZY layer of each mounted image: one directory to each."""
         return self.run / "served"
 
     @property

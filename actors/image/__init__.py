@@ -7,14 +7,16 @@ with the content of its files, and writes the image's archive (`archive`): the E
 objects, where in the layers one may start to read (`checkpoints`), and what a task needs of the image's config.  Nodes of a fleet
 share archives through S3 (`fleet`).  The kernel mounts META :: OBJECTS :: LAZY (`actors.lazytree`).  LAZY is an image mount, a process
 of its own (`serve`): it fetches what is read, and is not here, by ranges of the layers (`source`), into a spool from which whole
-objects are published (`spool`).
+objects are published (`spool`).  The ImageActor (`actor`) says which image is meant (`catalogue`, `building`), mounts it (`mounted`) and
+keeps it mounted while somebody has a lease on it (`leases`).
 
 Owns.  The archives in `image.archive_dir` (one file per manifest digest, maybe shared with other daemons), the image objects in
-`image.cache_dir` (named by the sha256 of their content), the mounts below `image.mount_dir`, and the image builders.
+`image.cache_dir` (named by the sha256 of their content), the mounts below `image.mount_dir`, their servers and spools, and the image
+builders.
 
-Survives a restart.  Archives and objects, which are whole or not there at all, and mounts, which belong to the state store: a
-restarted actor adopts them.  A builder that was under way is lost with nothing left but whole objects; the next call
-starts another.
+Survives a restart.  Archives and objects, which are whole or not there at all; mounts and leases, until the machine goes down; servers
+and spools, which the keeper holds: a restarted actor adopts them.  A builder that was under way is lost with nothing left but
+whole objects; the next call starts another.
 
 Refuses, each with an error that says whose fault it is (`errors`): a reference that is none, an image or platform that the
 registry does not have, a registry that is away or wants credentials, content that is not what its digest says, a layer

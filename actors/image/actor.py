@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from loguru import logger
 
+from actors.gateway.messages import TaskSpec
 from actors.image import messages, wire
 from actors.image.building import Building, shown
 from actors.image.catalogue import Asked, Catalogue, Image, name_of
 from actors.image.errors import ArchiveInvalid, ReferenceInvalid
 from actors.image.leases import Leases, task_of
+from actors.image.login import Login
 from actors.image.mounted import ImageMount, Mounted, NotMounted, Removed
 from actors.image.reference import Reference
 from actors.lazytree import mounts
@@ -66,6 +69,9 @@ class ImageActor(Actor):
         self._images = self._catalogue.images
         leases = self._find_leases()
         leased = {lease: self._catalogue.find(digest) for lease, digest in leases.items()}
+        for lease, found in leased.items():
+            if found is not None and (login := self._login_of(lease)):
+                found.login = login
         for image in self._images.values():
             mount = self._mount_of(image)
             if mount.adopt():
@@ -96,6 +102,13 @@ class ImageActor(Actor):
             self._leases.give_back(lease)
             del leases[lease]
         return leases
+
+    def _login_of(self, lease: str) -> Login | None:
+        """What a task brought for its image's registry: a server that takes another one's place needs it again."""
+        if (task := task_of(lease)) is None:
+            return None
+        [[spec]] = self._services.store.read("SELECT spec FROM tasks WHERE task = ?", task)
+        return msgspec.msgpack.decode(spec, type=TaskSpec).login
 
     def on_end(self, reason: object) -> None:
         for preparing in self._preparing.values():
@@ -242,11 +255,12 @@ class ImageActor(Actor):
     # --- mounts ---
 
     def _mount_of(self, image: Image) -> ImageMount:
-        return ImageMount(self, self._services, image.digest, image.reference, image.complete)
+        mount = ImageMount(self, self._services, image.digest, image.reference, image.complete)
+        mount.login = image.login
+        return mount
 
     def _make_mount(self, image: Image) -> None:
         image.mount = self._mount_of(image)
-        image.mount.login = image.login
         image.mount.make()
 
     def _from_mount(self, image: Image, message: Any) -> None:

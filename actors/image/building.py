@@ -87,7 +87,7 @@ class Building:
             unpacked_bytes_max=settings.unpacked_bytes_max,
             entries_max=settings.entries_max,
             time_max_s=settings.build_timeout_s,
-            lazy=False,
+            lazy=True,
             access=Access(self.login, mirrors_of(self.reference.registry, settings.mirrors)),
             bucket=self._bucket,
         )

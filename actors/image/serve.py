@@ -26,7 +26,7 @@ from supervisor.frames import Codec, FrameError, Message
 ROWS_MAX = 4096  # in one message
 SAY_AGAIN_S = 5.0
 
-TELL_AGAIN_S = 10.0  # a failed read's reason: tasks come and go
+TELL_AGAIN_S = 0.05  # a failed read's reason: tasks come and go, and each is to have it
 
 
 def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:

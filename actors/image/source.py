@@ -147,7 +147,7 @@ class RegistrySource:
                     found = await self._in_thread(self._loads, self._load, row, content, offset, size)
                     if isinstance(found, bytes):
                         return found
-        raise SourceError(f"{self._name(row)}: what is fetched is lost again and again before it can be read")
+        raise SourceError(f"{self.name(row)}: what is fetched is lost again and again before it can be read")
 
     async def _get(self, row: Row, content: LayerContent, found: _Missing, looked: int) -> None:
         """Have what is missing fetched; when it was looked for, there had been `looked` landings.  Raises SourceError."""
@@ -240,11 +240,12 @@ class RegistrySource:
         size = min(CHUNK_BYTES, stored_bytes(row, content) - first)
         await self._in_thread(self._loads, self._spool.free, self._spool.place(content) + first, size)
         return SourceError(
-            f"{self._name(row)}: the registry's copy of {self._layers[content.layer]} is damaged, or was on its way here: "
+            f"{self.name(row)}: the registry's copy of {self._layers[content.layer]} is damaged, or was on its way here: "
             f"part {found.chunk + 1} of the file is not what its digest says"
         )
 
-    def _name(self, row: Row) -> str:
+    def name(self, row: Row) -> str:
+        """An object, for a reason: by its image, and what `sha256sum` says of the file."""
         return f"{self._reference}, content {row.key[:12]}"
 
     # --- fetching ---

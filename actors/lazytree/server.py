@@ -34,15 +34,13 @@ import trio
 
 from actors.lazytree.table import ObjectTable, Row
 from actors.lazytree.wire import Progress, ReadFailed, Ready, ServeTree
-from supervisor.boot import beat
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Message
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-HEARTBEAT_S = 1.0  # on the channel, for the parent
-BEAT_S = 0.25  # in the lock, for the keeper
+HEARTBEAT_S = 1.0
 TASKS_MAX = 1024  # requests in the server at once; a stuck one must not keep a ready one in the kernel's queue
 CACHED_S = 1 << 30  # names and attributes never change
 AGAIN_S = 0.5
@@ -69,6 +67,10 @@ class SourceError(Exception):
 
 class Source(Protocol):
     """Where the content of a tree's objects comes from."""
+
+    def name(self, row: Row) -> str:
+        """What the object is, for a reason."""
+        ...
 
     async def read(self, index: int, row: Row, offset: int, size: int) -> bytes | bytearray:
         """Exactly `size` bytes (within the object) at `offset` of the object in `row`, checked; or SourceError.
@@ -138,7 +140,7 @@ class Reads:
             self._late[index] = until, reason
             self._fail(row, reason)
             return None
-        reason = f"no content within {self._timeout_s:g} s"
+        reason = f"{self._source.name(row)}: no content within {self._timeout_s:g} s"
         with trio.move_on_after(self._timeout_s):
             try:
                 data = await self._source.read(index, row, offset, size)
@@ -378,15 +380,8 @@ async def _serve_tree(
             os.write(session_descriptor, _NOTIFY_RESEND)
         report.tell(Ready())
         nursery.start_soon(report.run, tree)
-        nursery.start_soon(_beat)
         if beside is not None:
             nursery.start_soon(beside, report.tell)
-
-
-async def _beat() -> None:
-    while True:
-        beat()
-        await trio.sleep(BEAT_S)
 
 
 async def _run_session(scope: trio.CancelScope) -> None:

@@ -55,6 +55,7 @@ class MountActor(Actor):
             f"workspace mount {task}",
             task,
             self._layout.workspace_lazy,
+            self._layout.workspace_home,
             program,
         )
         self._workspace = ""

@@ -78,6 +78,10 @@ class DirectorySource:
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, _Open] = OrderedDict()  # by index, the longest unused first
 
+    def name(self, row: Row) -> str:
+        """A file, for a reason."""
+        return _readable(self._decoder.decode(row.source).path)
+
     async def read(self, index: int, row: Row, offset: int, size: int) -> bytes | bytearray:
         """`size` bytes at `offset` of the file in `row`.  Raises SourceError when they are not the listed version's."""
         stored = self._decoder.decode(row.source)

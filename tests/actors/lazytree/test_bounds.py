@@ -98,6 +98,7 @@ def test_a_thousand_large_reads_at_once_take_little_memory(tmp_path: Path, trees
         peak_bytes = 0
         while os.waitid(os.P_PID, readers, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             peak_bytes = max(peak_bytes, private_bytes(server.pid))
+            time.sleep(0.01)
     finally:
         os.kill(server.pid, signal.SIGCONT)
         for end in (said, opened, told, go):
@@ -181,5 +182,6 @@ def test_a_read_ends_at_its_deadline_and_says_why(tmp_path: Path, trees: list[Tr
     assert wait_in_time(readers) == 0
     assert time.monotonic() - begun < 5
     reasons = {server.receive(ReadFailed).reason for _ in range(STUCK)}
-    assert reasons == {"no content within 0.5 s"}
+    paths = [Objects.path(half.tree.keys[f"slow-{number}"]) for number in range(STUCK)]
+    assert reasons == {f"slow/{path}: no content within 0.5 s" for path in paths}
     assert in_child(lambda: Path(half.tree.object_path("ready")).read_bytes()) == b"r" * 5000

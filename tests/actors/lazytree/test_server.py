@@ -28,6 +28,9 @@ STUCK = 130
 class Moody:
     """A source whose answer depends on the object: ready, stuck, short, long, refusing or raising."""
 
+    def name(self, row: Row) -> str:
+        return "it"
+
     async def read(self, index: int, row: Row, offset: int, size: int) -> bytes:
         mood = row.source.split(b"stored-")[1] if b"stored-" in row.source else b""
         if b"stuck" in mood:
@@ -99,7 +102,7 @@ def test_names_and_attributes(tmp_path: Path, trees: list[Tree]) -> None:
         ("long", "the source gave another number of bytes than it was asked for"),
         ("refuse", "the registry says no"),
         ("raise", ("RuntimeError: odd \\udcff text" + "x" * 8192)[:8192]),
-        ("stuck", "no content within 0.2 s"),
+        ("stuck", "it: no content within 0.2 s"),
     ],
 )
 def test_what_cannot_be_had_is_eio_with_a_reason_and_the_mount_lives(
@@ -180,6 +183,9 @@ class Counted:
     def __init__(self) -> None:
         self.calls = 0
         self.gate = trio.Event()
+
+    def name(self, row: Row) -> str:
+        return "it"
 
     async def read(self, index: int, row: Row, offset: int, size: int) -> bytes:
         self.calls += 1

@@ -1,0 +1,333 @@
+"""Images whose archive is on the node and whose content is not: what is read is fetched, and nothing else; by a counting proxy."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import mmap
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from isal import igzip
+
+from actors.gateway.messages import Stop
+from actors.lazytree.mounts import Mount, mounts_below
+from actors.lazytree.objects import Objects
+from tests.actors.image.images import RunningRegistry, directory, member, tar
+from tests.actors.image.proxy import Proxy, silent, status, throttle
+from tests.actors.lazytree.harness import fork, in_child, wait_in_time
+from tests.actors.lazytree.test_bounds import private_bytes, queued, wait_for
+from tests.node.conftest import busybox_layer
+from tests.node.daemon import Daemon, running
+
+MIB = 1 << 20
+FILES = 100  # of 1 MiB each, in one layer
+LARGE_MIB = 100  # one file, in another one
+BLOBS = "/blobs/"
+READS = 1000
+STUCK = 130
+READY_S = 0.05
+
+
+def content(number: int) -> bytes:
+    """A MiB that no compression makes smaller."""
+    return random.Random(number).randbytes(MIB)
+
+
+def md5(*numbers: int) -> str:
+    digest = hashlib.md5()
+    for number in numbers:
+        digest.update(content(number))
+    return digest.hexdigest()
+
+
+@dataclass
+class Big:
+    """An image of 200 MB, and archives that another daemon has built of it."""
+
+    reference: str  # through the proxy
+    archives: Path
+    proxy: Proxy
+    bytes: int  # of its layers in the registry
+
+
+@pytest.fixture(scope="module")
+def proxy(registry: RunningRegistry) -> Iterator[Proxy]:
+    with Proxy(registry.address) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory, registry: RunningRegistry, proxy: Proxy) -> Big:
+    repository = registry.repository("big")
+    small = tar(directory("data"), *(member(f"data/{number}", content(number), mode=0o755) for number in range(FILES)))
+    large = tar(member("large", b"".join(content(1000 + number) for number in range(LARGE_MIB))))
+    layers = [busybox_layer(), small, large]
+    blobs = [igzip.compress(layer, 1, mtime=0) for layer in layers]
+    repository.push(*layers, tag="1", blobs=blobs, process={"Env": ["PATH=/bin"]})
+    reference = f"{proxy.address}/big:1"
+    home = tmp_path_factory.mktemp("builder")
+    with running(home, reference, AERIE_IMAGE_ARCHIVE_DIR=str(home / "archives")) as builder:
+        result = builder.run("true")
+        assert result.exit_code == 0, result
+        assert not [name for name in processes(builder) if name.startswith("image mount")]  # all of its content is here
+    return Big(reference, home / "archives", proxy, sum(map(len, blobs)))
+
+
+@contextmanager
+def cold(tmp_path: Path, big: Big, **settings: str) -> Iterator[Daemon]:
+    """A daemon that has the archive and no content."""
+    big.proxy.behave()
+    with running(tmp_path, big.reference, AERIE_IMAGE_ARCHIVE_DIR=str(big.archives), **settings) as daemon:
+        big.proxy.forget()
+        try:
+            yield daemon
+        finally:
+            big.proxy.behave()
+
+
+def processes(daemon: Daemon) -> list[str]:
+    found, todo = [], [daemon.tree()]
+    while todo:
+        node = todo.pop()
+        if node["kind"] == "process":
+            found.append(node["name"])
+        todo += node["children"]
+    return found
+
+
+def out(daemon: Daemon, script: str, **changes: Any) -> str:
+    result = daemon.run(script, **changes)
+    stdout, stderr = daemon.logs(result.task)
+    assert result.exit_code == 0, (result, stderr, daemon.log.read_text()[-3000:])
+    return stdout.decode().strip()
+
+
+def moved(big: Big) -> int:
+    return big.proxy.body_bytes(BLOBS)
+
+
+# --- how much is moved
+
+
+def test_a_task_that_touches_a_hundredth_moves_less_than_a_tenth(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big) as daemon:
+        assert out(daemon, "cat /data/7 /data/42 | md5sum").split()[0] == md5(7, 42)
+        assert moved(big) < big.bytes / 10
+        assert f"image mount {big.reference}" in processes(daemon)
+
+
+def test_a_few_bytes_from_the_middle_of_a_large_file_move_little(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big) as daemon:
+        digest = hashlib.md5(content(1050)[: 64 << 10]).hexdigest()
+        assert out(daemon, "dd if=/large bs=64k skip=800 count=1 2>/dev/null | md5sum").split()[0] == digest
+        assert moved(big) < 6 * MIB
+
+
+def test_two_tasks_that_read_the_same_cold_file_fetch_it_once(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big) as daemon:
+        out(daemon, "true")
+        big.proxy.forget()
+        big.proxy.on(BLOBS, throttle(4 * MIB))  # so that both are under way
+        tasks = [daemon.submit("cat /data/1 /data/2 /data/3 /data/4 | md5sum") for _ in range(2)]
+        for task in tasks:
+            assert daemon.result(task).exit_code == 0
+            assert daemon.logs(task)[0].split()[0].decode() == md5(1, 2, 3, 4)
+        asked = sorted((exchange.path, *exchange.range) for exchange in big.proxy.seen(BLOBS) if exchange.range)
+        assert asked
+        for (blob, first, size), (other, second, _) in itertools.pairwise(asked):
+            assert blob != other or first + size <= second + (64 << 10), asked  # neighbours may share a few bytes
+        assert processes(daemon).count(f"image mount {big.reference}") == 1
+
+
+def test_what_was_read_is_kept_and_a_later_task_needs_no_server(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big, AERIE_IMAGE_IDLE_UNMOUNT="1s") as daemon:
+        every = out(daemon, "cat /data/* /large | md5sum; cat /bin/busybox | md5sum")
+        wait_without(daemon, f"image mount {big.reference}")
+        big.proxy.forget()
+        assert out(daemon, "cat /data/* /large | md5sum; cat /bin/busybox | md5sum") == every
+        assert moved(big) == 0
+        assert f"image mount {big.reference}" not in processes(daemon)
+
+
+def wait_without(daemon: Daemon, process: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while process in processes(daemon):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_image_mount_gives_a_lazy_root(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big) as daemon:
+        mounted = json.loads(daemon.command("image", "mount", "--json", big.reference).stdout)
+        path = Path(mounted["path"])
+        assert hashlib.md5((path / "data/3").read_bytes()).hexdigest() == md5(3)
+        assert moved(big) < big.bytes / 10
+        assert daemon.command("image", "unmount", mounted["lease"]).returncode == 0
+
+
+# --- the registry goes away
+
+
+@pytest.mark.parametrize("away", ["silent", "refusing"])
+def test_without_the_registry_what_is_here_works_and_the_rest_says_why(tmp_path: Path, big: Big, away: str) -> None:
+    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="3s") as daemon:
+        out(daemon, "cat /data/7 /bin/busybox | wc -c")
+        big.proxy.on("", silent() if away == "silent" else status(503))
+        assert out(daemon, "md5sum /data/7").split()[0] == md5(7)
+        begun = time.monotonic()
+        task = daemon.submit("cat /data/90")
+        shown = json.loads(daemon.command("result", "--json", "--wait", "30s", task).stdout)
+        assert time.monotonic() - begun < 10
+        assert (shown["state"], shown["exit_code"]) == ("stopped", 1)
+        assert b"Input/output error" in daemon.logs(task)[1]
+        assert "a read failed" in shown["error"] and big.reference.split("/")[0] in shown["error"], shown["error"]
+        # Another task is told as well, and one that reads nothing of it is not.
+        again = daemon.run("cat /data/90")
+        assert again.exit_code == 1 and again.error and "a read failed" in again.error
+        assert daemon.run("md5sum /data/7").error is None
+        big.proxy.behave()
+        time.sleep(1)  # what failed after a long time is not tried again at once
+        assert out(daemon, "md5sum /data/90").split()[0] == md5(90)
+
+
+def test_a_command_that_cannot_be_fetched_says_why(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="2s") as daemon:
+        out(daemon, "true")
+        big.proxy.on(BLOBS, status(503))
+        result = daemon.run(["/data/5"])
+        assert result.exit_code != 0
+        assert result.error and "a read failed" in result.error, result
+
+
+# --- kills
+
+
+@pytest.mark.parametrize("name", ["image mount", "root supervisor", "keeper"])
+def test_a_kill_while_cold_content_is_read_costs_nothing(tmp_path: Path, big: Big, name: str) -> None:
+    numbers = range(20)
+    with cold(tmp_path, big) as daemon:
+        out(daemon, "true")
+        big.proxy.on(BLOBS, throttle(2 * MIB))
+        if name == "image mount":
+            name = f"image mount {big.reference}"
+        task = daemon.submit(f"cd /data; for i in {' '.join(map(str, numbers))}; do md5sum $i || exit 9; done; md5sum /large")
+        pid = 0
+        for _ in range(4):
+            time.sleep(0.3)
+            pid = daemon.wait_pid(name, other_than=pid) if name != "keeper" else daemon.tree()["pid"]
+            os.kill(pid, signal.SIGKILL)
+            daemon.close_client()
+            if name == "keeper":
+                daemon.start()
+        big.proxy.behave()
+        result = daemon.result(task)
+        stdout, stderr = daemon.logs(task)
+        assert (result.exit_code, result.error) == (0, None), (result, stderr, daemon.log.read_text()[-3000:])
+        sums = [line.split()[0] for line in stdout.decode().splitlines()]
+        assert sums == [*(md5(number) for number in numbers), md5(*range(1000, 1000 + LARGE_MIB))]
+
+
+def test_a_task_keeps_its_image_when_the_daemon_is_killed_and_forgets_who_leased(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big, AERIE_IMAGE_IDLE_UNMOUNT="1s") as daemon:
+        task = daemon.submit("until [ -e /go ]; do sleep 0.1; done; md5sum /data/11")
+        daemon.wait_running(task)
+        os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
+        daemon.close_client()
+        time.sleep(3)
+        assert f"image mount {big.reference}" in processes(daemon)
+        (daemon.run_dir / "tasks" / task / "root/go").touch()
+        assert daemon.result(task).exit_code == 0
+        assert daemon.logs(task)[0].split()[0].decode() == md5(11)
+        wait_without(daemon, f"image mount {big.reference}")
+
+
+# --- bounds of an image's server
+
+
+def lazy_layer(daemon: Daemon) -> Mount:
+    [found] = [mount for mount in mounts_below(str(daemon.run_dir / "images")) if mount.kind == "fuse"]
+    return found
+
+
+def object_path(daemon: Daemon, data: bytes) -> str:
+    return f"{lazy_layer(daemon).target}/{Objects.path(hashlib.sha256(data).hexdigest())}"
+
+
+def read_at(places: Sequence[tuple[str, int]]) -> None:
+    """Read 1 MiB at each place, all at once, each in a thread of its own and past the page cache; what is wrong is an exit code of 1."""
+    threading.stack_size(64 << 10)
+    wrong = []
+
+    def read(path: str, offset: int) -> None:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        with mmap.mmap(-1, MIB) as room:
+            if os.preadv(file, [room], offset) != MIB:
+                wrong.append(offset)
+        os.close(file)
+
+    threads = [threading.Thread(target=read, args=place) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_thousand_large_reads_at_once_take_little_memory(tmp_path: Path, big: Big) -> None:
+    large = b"".join(content(1000 + number) for number in range(LARGE_MIB))
+    step = (LARGE_MIB - 1) * MIB // READS // 4096 * 4096
+    with cold(tmp_path, big) as daemon:
+        daemon.wait_running(daemon.submit("sleep 1000", task="sleeper"))
+        pid, minor, path = daemon.pid_of(f"image mount {big.reference}"), lazy_layer(daemon).minor, object_path(daemon, large)
+        os.kill(pid, signal.SIGSTOP)  # until all of them wait
+        readers = fork(lambda: read_at([(path, number * step) for number in range(READS)]))
+        try:
+            wait_for(lambda: queued(minor) >= 1)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        peak_bytes = most = 0
+        while os.waitid(os.P_PID, readers, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            peak_bytes = max(peak_bytes, private_bytes(pid))
+            most = max(most, queued(minor))
+            time.sleep(0.01)
+        assert wait_in_time(readers) == 0
+        assert most > READS / 2 and MIB < peak_bytes < 64 * MIB
+        assert daemon.pid_of(f"image mount {big.reference}") == pid  # nobody took it for hung meanwhile
+        daemon.client.ask(Stop(daemon.client.number(), "sleeper", force=True), timeout_s=20)
+
+
+def test_stuck_reads_delay_nobody_whose_data_is_ready(tmp_path: Path, big: Big) -> None:
+    large = b"".join(content(1000 + number) for number in range(LARGE_MIB))
+    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="15s") as daemon:
+        daemon.wait_running(daemon.submit("cat /data/7 > /dev/null; sleep 1000", task="sleeper"))
+        ready, minor = object_path(daemon, content(7)), lazy_layer(daemon).minor
+        in_child(lambda: read_at([(ready, 0)]))
+        big.proxy.on("", silent())
+        cold_files = [(object_path(daemon, content(number)), 0) for number in range(FILES) if number != 7]
+        places = cold_files + [(object_path(daemon, large), number * 3 * MIB) for number in range(STUCK - len(cold_files))]
+        readers = fork(lambda: read_at(places))
+        try:
+            wait_for(lambda: queued(minor) >= STUCK)
+
+            def timed() -> float:
+                begun = time.monotonic()
+                read_at([(ready, 0)])
+                return time.monotonic() - begun
+
+            assert statistics.median(in_child(lambda: [timed() for _ in range(9)])) < READY_S
+        finally:
+            os.kill(readers, signal.SIGKILL)
+            os.waitpid(readers, 0)
+        daemon.client.ask(Stop(daemon.client.number(), "sleeper", force=True), timeout_s=20)
