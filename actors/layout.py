@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def served(self) -> Path:
-        """Who serves the LAZY layer of each mounted image: one directory to each."""
+        """Of each LAZY mount, the lock of its server, and the kernel's INIT request."""
         return self.run / "served"
 
     @property

@@ -12,9 +12,15 @@ import importlib
 import os
 import signal
 import socket
+from pathlib import Path
+
+from supervisor.forkprotocol import Fork
+from supervisor.lockfile import LockFile, take_place
 
 PR_SET_NAME = 15  # prctl(2)
 ENDING = (signal.SIGTERM, signal.SIGINT)  # blocked while a process is forked, until it has handlers of its own
+
+_place: LockFile | None = None  # one to a process, like the process's name
 
 
 def name_process(name: str) -> None:
@@ -31,9 +37,16 @@ def only_these(keep: list[int]) -> None:
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
 
-def run_entry(name: str, entry: str, end: int, descriptors: list[int], arguments: bytes) -> None:
-    """Become the process `name`, whose life is one call of `entry` ("package.module:function")."""
-    name_process(name)
+def beat() -> None:
+    """Show that this process's event loop turns, if it was started with a lock: who looks after it reads that there."""
+    if _place is not None:
+        _place.beat()
+
+
+def run_entry(request: Fork, end: int, descriptors: list[int]) -> None:
+    """Become the process asked for, whose life is one call of its entry ("package.module:function")."""
+    global _place
+    name_process(request.name)
     # The fork server's handlers are not ours, and a child of it is ended by SIGTERM and SIGINT like any process.
     signal.set_wakeup_fd(-1)
     for number in (*ENDING, signal.SIGCHLD):
@@ -42,6 +55,10 @@ def run_entry(name: str, entry: str, end: int, descriptors: list[int], arguments
     os.setsid()  # a terminal's ^C is for the keeper, which drains; it must not reach a process that serves a mount
     only_these([end, *descriptors])
     faulthandler.enable()  # SIGABRT too: how a watchdog asks a hung process where it is before killing it
-    module, _, function = entry.partition(":")
+    module, _, function = request.entry.partition(":")
     serve = getattr(importlib.import_module(module), function)
-    serve(socket.socket(fileno=end), descriptors, arguments)
+    if request.lock:
+        # Of two processes that two starters started in place of one (the keeper and the root supervisor, say), or that nobody knows
+        # of any more, one is ended here, and is dead before the other one touches what they would share.
+        _place = take_place(Path(request.lock))
+    serve(socket.socket(fileno=end), descriptors, request.arguments)

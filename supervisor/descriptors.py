@@ -1,4 +1,4 @@
-"""The root supervisor's half of what is held: descriptors by name, each kept by the keeper as well.
+"""The root supervisor's half of what is held: descriptors by name, and standing orders, each kept by the keeper as well.
 
 Either of the two may be killed: a new root supervisor gets everything from the keeper, a new keeper everything from the root
 supervisor.  When the keeper dies and nobody takes its place at once, this class starts a stand-in.
@@ -20,7 +20,22 @@ from loguru import logger
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import FrameError
 from supervisor.held import Held
-from supervisor.keeping import FROM_KEEPER, AskState, Drop, Hello, Keep, Kept, KeptAll, State, Welcome, Yielded
+from supervisor.keeping import (
+    FROM_KEEPER,
+    AskState,
+    Dismiss,
+    Drop,
+    Hello,
+    Keep,
+    Kept,
+    KeptAll,
+    Stand,
+    StandingOrder,
+    State,
+    Welcome,
+    Yielded,
+)
+from supervisor.orders import Orders, Standing
 from supervisor.sockets import connect_to
 from supervisor.watch import Watcher
 
@@ -33,7 +48,7 @@ class KeeperLost(Exception):
 
 
 class Descriptors:
-    """The descriptors held, by name.  Thread-safe.
+    """The descriptors held, and the standing orders, by name.  Thread-safe.
 
     `keeper_socket`: where the keeper listens.  `stand_in_argv`: the program that stands in for a dead one.
     """
@@ -44,6 +59,8 @@ class Descriptors:
         self._watcher = watcher
         self._lock = threading.Lock()
         self._held = Held()
+        self._orders = Orders(ours_first=True)
+        self._listeners: dict[str, Callable[[], None]] = {}
         self._complete = False  # everything that the first keeper held is here, and what this process says counts
         self._keeper: Channel | None = None
         self._yielded = False
@@ -77,6 +94,45 @@ class Descriptors:
     def names(self, prefix: str = "") -> list[str]:
         return [name for name in self._held.names() if name.startswith(prefix)]
 
+    # --- standing orders ---
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a keeper, as far as is known: one that has just died, or hangs, is one still."""
+        return self._keeper is not None
+
+    def stand(self, name: str, order: StandingOrder, pidfd: int, channel: int) -> bool:
+        """Leave a standing order with the keeper, of which this process is under it; both descriptors now belong to this object.
+
+        False: there is a living one already, for the keeper was faster; this one is killed then.
+        """
+        with self._lock:
+            taken = self._orders.put(name, Standing(order, pidfd, channel))
+            if taken:
+                self._send(Stand(name, order), [pidfd, channel])
+            return taken
+
+    def standing(self, name: str) -> Standing | None:
+        """The order and the process under it, as far as is known: copies of its descriptors, which are the caller's."""
+        with self._lock:
+            found = self._orders.get(name)
+            return found and Standing(found.order, os.dup(found.pidfd), os.dup(found.channel))
+
+    def dismiss(self, name: str) -> None:
+        """The order stands no longer, and its process is ended.  An order that is not known is no error."""
+        with self._lock:
+            self._listeners.pop(name, None)
+            self._orders.dismiss(name)
+            self._send(Dismiss([name]))
+
+    def listen(self, name: str, changed: Callable[[], None]) -> None:
+        """Call `changed`, which must only tell somebody, whenever the keeper has replaced the process under this order, or is lost."""
+        with self._lock:
+            self._listeners[name] = changed
+
+    def orders(self) -> list[str]:
+        return self._orders.names()
+
     def keeper_state(self, timeout_s: float = 2.0) -> State | None:
         """How the keeper's own children fare; None while there is no keeper.  It waits for the answer: not for an actor's thread."""
         try:
@@ -95,7 +151,7 @@ class Descriptors:
         channel = self._find()
         complete = self._complete
         try:
-            theirs = self._take_over(channel)
+            theirs, their_orders = self._take_over(channel)
         except (ChannelClosed, ChannelTimeout, FrameError) as error:
             channel.close()
             raise KeeperLost(f"the keeper on {self._path} does not hand over: {str(error) or type(error).__name__}") from None
@@ -104,6 +160,11 @@ class Descriptors:
             # All of it, and not only what is missing there: while one took another's place, some of it was replaced or dropped.
             self._send_all(name for name in self._held.names() if complete or name not in theirs)
             self._send_drop([name for name in theirs if name not in self._held])
+            for name in self._orders.names():
+                if (standing := self._orders.get(name)) is not None:
+                    self._send(Stand(name, standing.order), [standing.pidfd, standing.channel])
+            if strange := [name for name in their_orders if self._orders.get(name) is None]:
+                self._send(Dismiss(strange))
         self._watcher.channel(channel, self._said, self._lost)
 
     def _find(self) -> Channel:
@@ -120,9 +181,9 @@ class Descriptors:
             raise KeeperLost(f"no keeper listens on {self._path}, and none could be started")
         return Channel(connection, FROM_KEEPER)
 
-    def _take_over(self, channel: Channel) -> list[str]:
-        """Take what the keeper holds, unless it is held here already → the names of all that it holds."""
-        theirs = []
+    def _take_over(self, channel: Channel) -> tuple[list[str], list[str]]:
+        """Take what the keeper holds, unless it is held here already → the names of all that it holds, and of its orders."""
+        theirs, their_orders = [], []
         channel.send(Hello())
         while True:
             message, descriptors = channel.receive(KEEPER_S)
@@ -137,9 +198,12 @@ class Descriptors:
                         else:
                             with self._lock:
                                 self._held.put([name], [descriptor], {name: data[name]} if name in data else {})
+                case Stand(name, order):
+                    their_orders.append(name)
+                    self._replaced(name, order, descriptors)
                 case KeptAll():
                     self._complete = True
-                    return theirs
+                    return theirs, their_orders
 
     def _start_stand_in(self) -> int:
         """→ its pidfd."""
@@ -151,17 +215,37 @@ class Descriptors:
         return pidfd
 
     def _said(self, message: object, descriptors: list[int]) -> None:
-        self._yielded = isinstance(message, Yielded)
+        match message:
+            case Yielded():
+                self._yielded = True
+            case Stand(name, order):
+                self._replaced(name, order, descriptors)
+
+    def _replaced(self, name: str, order: StandingOrder, descriptors: list[int]) -> None:
+        """The keeper has a process under that order."""
+        pidfd, channel = descriptors
+        standing = Standing(order, pidfd, channel)
+        with self._lock:
+            if self._complete and self._orders.get(name) is None:
+                standing.end()  # dismissed here; the keeper will hear of it
+                return
+            self._orders.put(name, standing)
+            changed = self._listeners.get(name)
+        if changed is not None:
+            changed()
 
     def _lost(self) -> None:
-        # In the watcher's thread, which must not wait for a new keeper.
+        with self._lock:
+            self._keeper, lost = None, self._keeper
+            if lost is not None:
+                lost.close()
+            listeners = list(self._listeners.values())
+        for changed in listeners:  # nobody but this process replaces anything now
+            changed()
+        # Not in the watcher's thread, which must not wait for a new keeper.
         threading.Thread(target=self._find_again, name="keeper lost", daemon=True).start()
 
     def _find_again(self) -> None:
-        with self._lock:
-            if self._keeper is not None:
-                self._keeper.close()
-                self._keeper = None
         for pause_s in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
             try:
                 self._connect()
@@ -180,7 +264,7 @@ class Descriptors:
         for start in range(0, len(names), 256):
             self._send(Drop(list(names[start : start + 256])))
 
-    def _send(self, message: Keep | Drop, descriptors: Sequence[int] = ()) -> None:
+    def _send(self, message: Keep | Drop | Stand | Dismiss, descriptors: Sequence[int] = ()) -> None:
         if self._keeper is None:
             return  # everything is sent to the next one
         try:

@@ -6,11 +6,15 @@ from supervisor.frames import Codec, Message
 
 
 class Fork(Message, frozen=True):
-    """Start a process.  Its channel end is the first descriptor of this message, its own descriptors follow."""
+    """Start a process.  Its channel end is the first descriptor of this message, its own descriptors follow.
+
+    `lock`: path of a lock that it takes before its entry runs, ending who holds it (`lockfile.take_place`); "" for none.
+    """
 
     name: str
     entry: str
     arguments: bytes
+    lock: str = ""
 
 
 class Forked(Message, frozen=True):

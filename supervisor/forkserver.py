@@ -114,7 +114,7 @@ class ForkServer:
         for end in self._sockets:
             end.detach()
         self._selector.close()
-        run_entry(request.name, request.entry, descriptors[0], descriptors[1:], request.arguments)
+        run_entry(request, descriptors[0], descriptors[1:])
 
 
 def reply(channel: Channel, message: Message, descriptors: Sequence[int] = ()) -> None:

@@ -60,13 +60,16 @@ class Isolation:
         codec: Codec,
         descriptors: Sequence[int] = (),
         timeout_s: float = 10.0,
+        lock: str = "",
     ) -> Process:
         """Start `entry` as the process `name`; it gets copies of `descriptors`; `codec` decodes what it will send.
+
+        `lock`: path of a lock that it takes first, ending who holds it; "" for none.
 
         Asked twice when the fork server dies in between: the request of the first time died with it, unless the child
         was already forked, and then that child sees its channel closed and ends.  Raises IsolationError.
         """
-        request = Fork(name, entry, msgspec.msgpack.encode(arguments))
+        request = Fork(name, entry, msgspec.msgpack.encode(arguments), lock)
         for _ in range(3):
             channel, end = Channel.pair(codec)
             try:

@@ -3,6 +3,7 @@
 It is small on purpose (the standard library and the frames), for nothing restarts it but the tree it keeps.  It
 
 - holds descriptors for the root supervisor, by name, with a little data beside each: what must survive that one's death;
+- replaces the processes under a standing order as soon as they end or hang (`replacing`);
 - starts the root supervisor and the fork server, and starts them again, with a growing pause, for as long as it lives;
 - is a child subreaper, and reaps what is orphaned below it;
 - on SIGTERM tells the root supervisor to drain, and ends when that has ended with success.
@@ -21,7 +22,6 @@ import resource
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,12 +35,14 @@ from supervisor.keeping import (
     FROM_KEEPER,
     TO_KEEPER,
     AskState,
+    Dismiss,
     Drop,
     Hello,
     Keep,
     Kept,
     KeptAll,
     Refused,
+    Stand,
     State,
     Welcome,
     Yield,
@@ -49,6 +51,7 @@ from supervisor.keeping import (
 from supervisor.lockfile import LockFile
 from supervisor.parts import Part, how
 from supervisor.pidfd import open_pidfd, set_child_subreaper
+from supervisor.replacing import Replacing
 from supervisor.sockets import connect_to, listen_at
 
 EXIT_REFUSES = 78  # EX_CONFIG: the root supervisor says that starting it again would end the same way
@@ -90,15 +93,22 @@ class Keeper:
         self._fork_server = Part("fork server", plan.directory / "forkserver.lock", plan.fork_server_argv)
         self._root = Part("root supervisor", plan.directory / "root.lock", plan.root_argv)
         self._parts = (self._fork_server, self._root)
+        self._replacing = Replacing(
+            self._selector, self._held, plan.fork_server_socket, self._tell_root, self._kill_fork_server, say
+        )
         self._told_to_drain = False
         self._draining = False
         self._drain_deadline = 0.0
         self._exit_code: int | None = None
         self._greeted: Channel | None = None  # where the root supervisor is
 
-    def take(self, kept: Kept, descriptors: list[int]) -> None:
+    def take(self, kept: Kept | Stand, descriptors: list[int]) -> None:
         """Hold what another keeper held."""
-        self._held.put(kept.names, descriptors, kept.data)
+        match kept:
+            case Kept(names, data):
+                self._held.put(names, descriptors, data)
+            case Stand():
+                self._replacing.stand(kept, descriptors)
 
     def run(self) -> int:
         """Keep until a drain is done or the place is given up → the exit code."""
@@ -108,8 +118,10 @@ class Keeper:
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
         while self._exit_code is None:
             self._start_what_is_due()
+            self._replacing.work()
             for key, _ in self._selector.select(self._pause_s()):
-                if key.fd in self._selector.get_map():  # not closed by what an earlier event of this round did
+                # Not forgotten by what an earlier event of this round did; nor has another one its number by now.
+                if self._selector.get_map().get(key.fd) is key:
                     key.data()
         return self._exit_code
 
@@ -139,6 +151,8 @@ class Keeper:
         moments = [part.due_s for part in self._parts if not part.running]
         if self._draining:
             moments.append(self._drain_deadline)
+        if (due_s := self._replacing.due_s()) is not None:
+            moments.append(due_s)
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _part_ended(self, part: Part) -> None:
@@ -223,6 +237,10 @@ class Keeper:
                 self._keep(names, data, descriptors)
             case Drop(names):
                 self._held.drop(names)
+            case Stand():
+                self._replacing.stand(message, descriptors)
+            case Dismiss(names):
+                self._replacing.dismiss(names)
             case Hello():
                 channel.send(Welcome(os.getpid(), self._stand_in, self._draining))
                 self._hand_over(channel)
@@ -232,27 +250,38 @@ class Keeper:
             case AskState():
                 root, fork_server = self._root, self._fork_server
                 state = State(
-                    os.getpid(), self._stand_in, root.restarts, fork_server.pid, fork_server.restarts, self._held.names()
+                    os.getpid(),
+                    self._stand_in,
+                    root.restarts,
+                    fork_server.pid,
+                    fork_server.restarts,
+                    self._held.names(),
+                    self._replacing.replaced(),
                 )
                 channel.send(state)
             case Yield(take_over):
                 if take_over or self._stand_in:
                     say("another keeper takes this one's place")
                     self._hand_over(channel)
-                    self._tell_root()
+                    self._tell_root(Yielded())  # lest it start a stand-in
                     self._exit_code = 0
                 else:
                     channel.send(Refused(os.getpid()))
 
-    def _tell_root(self) -> None:
-        """Tell the root supervisor that the place is given up, lest it start a stand-in."""
+    def _tell_root(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        """Tell the root supervisor, if there is one.  One that does not listen is not waited for: what it misses, it finds out."""
         if self._greeted is not None:
             with contextlib.suppress(ChannelClosed, ChannelTimeout):
-                self._greeted.send(Yielded(), timeout_s=0)
+                self._greeted.send(message, descriptors, timeout_s=0)
+
+    def _kill_fork_server(self) -> None:
+        self._fork_server.signal(signal.SIGKILL)
 
     def _hand_over(self, channel: Channel) -> None:
         for names, data, descriptors in self._held.packets(self._held.names()):
             channel.send(Kept(names, data), descriptors)
+        for stand, descriptors in self._replacing.hand_over():
+            channel.send(stand, descriptors)
         channel.send(KeptAll())
 
     def _keep(self, names: list[str], data: dict[str, bytes], descriptors: list[int]) -> None:
@@ -279,7 +308,7 @@ def run_keeper(plan: Plan, take_over: bool = False, stand_in: bool = False) -> i
     raise_descriptor_limit()
     plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = LockFile(plan.directory / "keeper.lock")
-    taken: list[tuple[Kept, list[int]]] = []
+    taken: list[tuple[Kept | Stand, list[int]]] = []
     if stand_in:
         if not lock.acquire():
             return EXIT_RUNNING  # somebody was faster
@@ -299,7 +328,7 @@ class AlreadyRunning(Exception):
     """A keeper that somebody started lives; the text names its pid."""
 
 
-def take_place(plan: Plan, lock: LockFile, take_over: bool) -> list[tuple[Kept, list[int]]]:
+def take_place(plan: Plan, lock: LockFile, take_over: bool) -> list[tuple[Kept | Stand, list[int]]]:
     """Acquire the keeper's lock, from nobody or from a living keeper that gives up its place → what that one held.
 
     Raises AlreadyRunning.
@@ -316,7 +345,7 @@ def take_place(plan: Plan, lock: LockFile, take_over: bool) -> list[tuple[Kept, 
     return []
 
 
-def _ask_for_place(plan: Plan, pid: int, take_over: bool, deadline: float) -> list[tuple[Kept, list[int]]] | None:
+def _ask_for_place(plan: Plan, pid: int, take_over: bool, deadline: float) -> list[tuple[Kept | Stand, list[int]]] | None:
     """What the keeper `pid` hands over, which may be only beginning to listen; None when it ended, or says nothing."""
     try:
         keeper = open_pidfd(pid) if pid else None
@@ -330,7 +359,7 @@ def _ask_for_place(plan: Plan, pid: int, take_over: bool, deadline: float) -> li
         os.close(keeper)
     if connection is None:
         return None
-    taken: list[tuple[Kept, list[int]]] = []
+    taken: list[tuple[Kept | Stand, list[int]]] = []
     with connection:
         channel = Channel(connection, FROM_KEEPER)
         try:
@@ -338,7 +367,7 @@ def _ask_for_place(plan: Plan, pid: int, take_over: bool, deadline: float) -> li
             while True:
                 message, descriptors = channel.receive(max(0.0, deadline - time.monotonic()))
                 match message:
-                    case Kept():
+                    case Kept() | Stand():
                         taken.append((message, descriptors))
                     case KeptAll():
                         return taken
@@ -357,4 +386,6 @@ def raise_descriptor_limit() -> None:
 
 
 def say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
+    # Whatever becomes of the log (a full disk, a pipe that nobody reads any more), this process goes on.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%S')} keeper: {text}\n".encode(errors="backslashreplace"))

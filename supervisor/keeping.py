@@ -3,6 +3,9 @@
 The root supervisor says `Hello` and gets `Welcome` and every descriptor held (`Kept`, in packets of several, then `KeptAll`);
 from then on it says `Keep` and `Drop` and gets no answer: a descriptor is safe as soon as it was sent, for the kernel keeps
 what lies in a socket's queue when its sender dies.  Another keeper says `Yield`.
+
+A *standing order* is a process that is to be replaced, by whoever is there to do it, as soon as it has ended: `Stand` says so,
+to the keeper when the root supervisor has started one, to the root supervisor when the keeper has (or when it says `Hello`).
 """
 
 from __future__ import annotations
@@ -40,6 +43,34 @@ class Kept(Message, frozen=True):
     data: dict[str, bytes] = {}
 
 
+class StandingOrder(Message, frozen=True):
+    """How to start a process in place of one that has ended, unless with success: then it is done.
+
+    `process`, `entry`, `arguments`, `lock`: as the fork server takes them.  `along`: names of held descriptors that it is given.  A
+    process that has not beaten its lock (`boot.beat`) for `silence_s` hangs.
+    """
+
+    process: str
+    entry: str
+    arguments: bytes
+    along: list[str]
+    lock: str
+    silence_s: float
+
+
+class Stand(Message, frozen=True):
+    """The process whose pidfd and channel came along is the one under this order, by the name of `name`."""
+
+    name: str
+    order: StandingOrder
+
+
+class Dismiss(Message, frozen=True):
+    """These orders stand no longer, and their processes are ended."""
+
+    names: list[str]
+
+
 class KeptAll(Message, frozen=True):
     """No more descriptors follow."""
 
@@ -53,12 +84,15 @@ class AskState(Message, frozen=True):
 
 
 class State(Message, frozen=True):
+    """`names` of what is held.  `standing`: how often the keeper has replaced the process under each order."""
+
     pid: int
     stand_in: bool
     root_restarts: int
     fork_server_pid: int
     fork_server_restarts: int
     names: list[str]
+    standing: dict[str, int] = {}
 
 
 class Yield(Message, frozen=True):
@@ -74,5 +108,5 @@ class Refused(Message, frozen=True):
     pid: int
 
 
-TO_KEEPER = Codec(Hello, Keep, Drop, AskState, Yield, size_bytes_max=160 << 10)
-FROM_KEEPER = Codec(Welcome, Kept, KeptAll, State, Refused, Yielded, size_bytes_max=160 << 10)
+TO_KEEPER = Codec(Hello, Keep, Drop, Stand, Dismiss, AskState, Yield, size_bytes_max=160 << 10)
+FROM_KEEPER = Codec(Welcome, Kept, Stand, KeptAll, State, Refused, Yielded, size_bytes_max=160 << 10)

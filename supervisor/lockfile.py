@@ -1,6 +1,8 @@
-"""One process of a kind to a directory: a locked file that names its holder.
+"""One process of a kind to a directory: a locked file that names its holder, and in which the holder may show that it lives.
 
-The lock is flock(2)'s, so the kernel gives it back however the holder ends; the pid inside is only for those who ask who it is.
+The lock is flock(2)'s, so the kernel gives it back however the holder ends; what is inside is only for those who ask: the pid,
+and behind it how often the holder has beaten.  Any number of watchers can read that, and none takes it from another, as it would
+from a pipe.
 """
 
 from __future__ import annotations
@@ -10,8 +12,16 @@ import os
 import select
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 from supervisor.pidfd import open_pidfd, signal_process
+
+
+class Sign(NamedTuple):
+    """A holder's sign of life: who it is, and how often it has beaten."""
+
+    pid: int
+    beats: int
 
 
 class LockFile:
@@ -19,6 +29,7 @@ class LockFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._beats = 0
 
     def acquire(self, wait: bool = False) -> bool:
         """Take the lock; with `wait`, as soon as its holder has ended.  False when somebody holds it."""
@@ -26,16 +37,24 @@ class LockFile:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+        self._write(b"")
         return True
+
+    def beat(self) -> None:
+        """Show that this process, which holds the lock, lives.  Needs no path and no privilege."""
+        self._beats += 1
+        self._write(b"%d" % self._beats)
+
+    def _write(self, beats: bytes) -> None:
+        # One write, always as long: who reads meanwhile sees no half of it, and nothing of an earlier holder's.
+        os.pwrite(self._descriptor, b"%-10d %-20s" % (os.getpid(), beats), 0)
 
     def holder(self) -> int:
         """The pid of who holds it; 0 when nobody does."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return int(os.pread(self._descriptor, 32, 0) or b"0")
+            return _parse(os.pread(self._descriptor, 64, 0)).pid
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return 0
 
@@ -50,6 +69,26 @@ def holder_of(path: Path) -> int:
         return lock.holder()
     finally:
         lock.close()
+
+
+def sign_of(path: Path) -> Sign:
+    """The last sign of life at `path`, whoever holds the lock by now; zeros when there is none."""
+    try:
+        return _parse(path.read_bytes())
+    except FileNotFoundError:
+        return Sign(0, 0)
+
+
+def take_place(path: Path) -> LockFile:
+    """Hold the lock at `path`, and end whoever holds it: the newest wins.
+
+    For a process that is started only when its predecessor, as far as anybody knows, is dead: who still holds the lock is one that
+    nobody looks after.  Of two that were started at once by two starters, one ends the other.  Raises TimeoutError.
+    """
+    lock = LockFile(path)
+    while not lock.acquire():
+        evict(path)
+    return lock
 
 
 def evict(path: Path, timeout_s: float = 5.0) -> None:
@@ -78,3 +117,8 @@ def evict(path: Path, timeout_s: float = 5.0) -> None:
             os.close(pidfd)
     finally:
         lock.close()
+
+
+def _parse(text: bytes) -> Sign:
+    pid, beats, *_ = [*map(int, text.split()), 0, 0]
+    return Sign(pid, beats)

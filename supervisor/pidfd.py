@@ -81,6 +81,12 @@ def is_same(pid: int, started: int) -> bool:
         return False
 
 
+def same_process(pidfd: int, other: int) -> bool:
+    """Whether two pidfds are of one process: since Linux 6.9 each process has an inode of its own."""
+    one, two = os.fstat(pidfd), os.fstat(other)
+    return (one.st_dev, one.st_ino) == (two.st_dev, two.st_ino)
+
+
 def signal_process(pidfd: int, number: int) -> bool:
     """Send a signal; False when the process has ended.  Raises PermissionError."""
     try:

@@ -31,6 +31,10 @@ def connect_to(path: Path, kind: int, timeout_s: float, server: int | None = Non
 
     `server`: the pidfd of who is expected to; nothing is waited for any longer when that process has ended.
     """
+    # First without a watch: closing one waits for a grace period of the kernel, ten milliseconds or many more.
+    connection = _connect(path, kind)
+    if connection is not None or timeout_s <= 0:
+        return connection
     deadline = time.monotonic() + timeout_s
     with INotify() as appearing:
         # Watched before it is tried: a name that appears in between is an event.
@@ -39,15 +43,20 @@ def connect_to(path: Path, kind: int, timeout_s: float, server: int | None = Non
         waiting.register(appearing.fileno(), select.POLLIN)
         if server is not None:
             waiting.register(server, select.POLLIN)
-        while True:
-            connection = socket.socket(socket.AF_UNIX, kind)
-            try:
-                connection.connect(str(path))
-                return connection
-            except (FileNotFoundError, ConnectionRefusedError):
-                connection.close()
+        while (connection := _connect(path, kind)) is None:
             left_s = deadline - time.monotonic()
             ready = [descriptor for descriptor, _ in waiting.poll(left_s * 1000)] if left_s > 0 else []
             if appearing.fileno() not in ready:
                 return None
             appearing.read()
+        return connection
+
+
+def _connect(path: Path, kind: int) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, kind)
+    try:
+        connection.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    return connection

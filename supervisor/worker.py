@@ -132,6 +132,11 @@ class Worker:
         self._making: _Making | None = None
 
     @property
+    def vacant(self) -> bool:
+        """No process runs, and none is being started."""
+        return self.process is None and self._making is None
+
+    @property
     def pid(self) -> int | None:
         return self.process.pid if self.process else None
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -92,7 +91,6 @@ class ImageMount:
         name = digest.replace(":", "-")
         self._meta = Path(self._settings.mount_dir) / name
         self._lazy_target = self._meta.with_name(f"{name}.lazy")
-        self._home = services.layout.served / name
         self._spool = f"spool/image/{digest}"
         self._lazy = LazyServer(
             actor,
@@ -100,7 +98,6 @@ class ImageMount:
             f"image mount {reference}",
             f"image/{digest}",
             self._lazy_target,
-            self._home,
             Program("actors.image.serve:serve", self._order, SERVER_SAYS, [self._spool]),
         )
         self._ready = False  # LAZY answers, or there is none
@@ -254,7 +251,6 @@ class ImageMount:
         archive = Archive.open(self._archive_path)
         if self._complete or self._is_complete(archive):
             return archive, 0
-        self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._keep_spool()
         return archive, self._lazy.open()
 
@@ -312,7 +308,6 @@ class ImageMount:
             mounts.unmount(str(target), lazily=True)
             with contextlib.suppress(FileNotFoundError):
                 target.rmdir()
-        shutil.rmtree(self._home, ignore_errors=True)
 
     def _is_complete(self, archive: Archive) -> bool:
         """Whether OBJECTS have all that the archive names; if so, it is durable."""

@@ -313,12 +313,15 @@ def _encode_device(rdev: int) -> int:
 
 def _encode_xattrs(node: Node) -> bytes:
     """The attribute area of an inode; empty when there are none."""
+    key = node.key if node.size and S_IFMT(node.mode) == S_IFREG else None
+    if not node.xattrs:  # nearly all
+        return _OBJECT % (key[:2].encode(), key[2:].encode()) if key else b""
     entries = [
         _encode_xattr(_OVERLAY + b"overlay." + name[len(_OVERLAY) :] if name.startswith(_OVERLAY) else name, value)
         for name, value in sorted(node.xattrs.items())
     ]
-    if node.key and node.size and S_IFMT(node.mode) == S_IFREG:
-        entries += _METACOPY, _encode_xattr(_OVERLAY + b"redirect", f"/{node.key[:2]}/{node.key[2:]}".encode())
+    if key:
+        entries += _METACOPY, _encode_xattr(_OVERLAY + b"redirect", f"/{key[:2]}/{key[2:]}".encode())
     area = b"".join(entries)
     if len(area) > _XATTR_AREA_BYTES_MAX:
         raise ValueError(f"{len(area)} bytes of extended attributes on one file")
@@ -337,3 +340,9 @@ def _encode_xattr(name: bytes, value: bytes) -> bytes:
 
 
 _METACOPY = _encode_xattr(_OVERLAY + b"metacopy", b"")
+# The area of a file that has no other attributes.  (There is no % in the heads.)
+_OBJECT = (
+    _XATTR_HEADER
+    + _METACOPY
+    + _encode_xattr(_OVERLAY + b"redirect", b"/??/".ljust(66, b"?")).replace(b"??/" + b"?" * 62, b"%b/%b")
+)

@@ -1,39 +1,51 @@
 """A LAZY mount and its server, for the actor that owns the tree: one connection, and one process after another on it.
 
-The mount belongs to the kernel, its connection and each server's pidfd and channel to the keeper as well, under names that say whose
-they are: the actor may be restarted at any moment, and its next incarnation adopts all of them.
+The mount belongs to the kernel, its connection to the keeper as well, and its server is under a standing order: the actor may be
+restarted at any moment, and its next incarnation adopts all of them.
+
+Who reads from the mount waits while it has no server, so it is the keeper that replaces one, at once, and tells.  This does it when there
+is no keeper, or when the keeper has not for KEEPER_S.  Should both, one of the two servers ends the other before it serves (`boot`).
 
 Not for child processes: this imports actors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import select
+import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
+import msgspec
 from loguru import logger
 
 from actors.lazytree import greeting, mounts
-from actors.lazytree.connection import collect, write_down
+from actors.lazytree.connection import collect, remove, write_init_request
 from actors.lazytree.wire import Ready
 from actors.services import Services
 from supervisor.actor import Actor
 from supervisor.channel import Channel
 from supervisor.frames import Codec, Message
-from supervisor.isolation import Process
-from supervisor.pidfd import pid_of
+from supervisor.isolation import IsolationError, Process
+from supervisor.keeping import StandingOrder
+from supervisor.orders import Standing
+from supervisor.pidfd import pid_of, signal_process
 from supervisor.processes import ProcessRow
 from supervisor.worker import Ended, Said, Started, Worker
 
 BACKOFF_S = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5, 1.0)  # before the n-th server in a row that never served
 """The first three at once: a reader inside the task waits for it."""
+KEEPER_S = 0.5  # how long a keeper may take to replace a server; less would do work twice on a machine with too much of it
+SILENCE_S = 1.0  # a server whose event loop has not turned for so long hangs, says the keeper
+SILENCE_UNKEPT_S = 3.0  # and so say we, of its messages: later, not to do it twice
+DEATH_S = 5.0
 STAND_BY_S = 1.0  # how long a tree that has all of its objects does without a server, unless one is asked for
 
 _numbers = itertools.count(1)
@@ -41,6 +53,15 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, eq=False)
 class _ServeAgain:
+    """The time for a server that has ended to be replaced is over."""
+
+    server: LazyServer
+
+
+@dataclass(frozen=True, eq=False)
+class _Changed:
+    """The keeper has replaced the server, or there is no keeper."""
+
     server: LazyServer
 
 
@@ -69,25 +90,22 @@ class Program:
 class LazyServer:
     """The server of the LAZY mount at `target`, a process by the name of `name`.
 
-    `held`: what the keeper's names end in: fuse/HELD, channel/HELD, server/HELD.  `directory`: the tree's own, where it is
-    written down who serves.  Methods are for the actor's own thread, `open` excepted; its `on_end` must `let_go`.
+    `held`: the name of its standing order; the connection is held as fuse/HELD.  Methods are for the actor's own thread, `open`
+    excepted; its `on_end` must `let_go`.
     """
 
-    def __init__(
-        self, actor: Actor, services: Services, name: str, held: str, target: Path, directory: Path, program: Program
-    ) -> None:
+    def __init__(self, actor: Actor, services: Services, name: str, held: str, target: Path, program: Program) -> None:
         self.name = name
         self.target = target
         self.minor = 0  # the mount's, and the number of its connection; 0 while there is none
         self.wanted = True  # a server that ends is replaced
-        self._writing = threading.Lock()  # held while it is written down who serves
         self._actor = actor
         self._services = services
         # With a number, so that a late word from an earlier mount of the same tree is not taken for this one's.
-        self._worker = Worker(actor, services.watcher, f"{name} {next(_numbers)}")
-        self._directory = directory
+        self._worker = Worker(actor, services.watcher, f"{name} {next(_numbers)}", silence_s=SILENCE_UNKEPT_S)
         self._program = program
-        self._fuse, self._channel, self._pidfd = f"fuse/{held}", f"channel/{held}", f"server/{held}"
+        self._held, self._fuse = held, f"fuse/{held}"
+        self._lock = services.layout.served / f"{quote(held, safe='')}.lock"
         self._served = False  # a server of this connection has lived
         self._failures = 0
         self._released = False
@@ -103,19 +121,18 @@ class LazyServer:
             return True
         self.minor = found[0]
         descriptors = self._services.descriptors
-        if descriptors.get(self._fuse) is None and (collected := collect(self._directory)):
+        if descriptors.get(self._fuse) is None and (collected := collect(self._lock)):
             connection, init_request = collected
             descriptors.keep({self._fuse: connection}, {self._fuse: init_request})
         if descriptors.get(self._fuse) is None:
             return False
         self._served = True
-        pidfd, channel = descriptors.get(self._pidfd), descriptors.get(self._channel)
-        if pidfd is None or channel is None:
+        self._listen()
+        standing = descriptors.standing(self._held)
+        if standing is None:
             self._serve()
-            return True
-        end = Channel(socket.socket(fileno=os.dup(channel)), self._program.says)
-        self._worker.adopt(Process(self.name, pid_of(pidfd) or 0, os.dup(pidfd), end))
-        self._show()
+        else:
+            self._adopt(standing)  # one that has ended too: that is heard in a moment
         return True
 
     def open(self) -> int:
@@ -132,9 +149,15 @@ class LazyServer:
             os.close(connection)
             raise
         self._services.descriptors.keep({self._fuse: connection}, {self._fuse: mounted.init_request})
+        self._listen()
+        try:
+            self._services.layout.served.mkdir(mode=0o700, exist_ok=True)
+            write_init_request(self._lock, mounted.init_request)
+        except OSError as error:  # a full disk, for instance: that costs the third holder, and not the server
+            logger.warning("{}: its connection could not be written down: {}", self.name, error)
         return mounted.minor
 
-    @contextmanager
+    @contextlib.contextmanager
     def greeting(self) -> Iterator[None]:
         """Mount LAZY, and answer for it as long as the block runs, which mounts the tree over it; `stand_by` is to follow.
 
@@ -165,9 +188,9 @@ class LazyServer:
 
     def take(self, message: object) -> Message | None:
         """What a message that arrived at the actor means for it: what the server says, `Ready` once for the mount; or None."""
-        if isinstance(message, _ServeAgain):
-            if message.server is self and self.wanted and mounts.mounts_below(str(self.target)):
-                self._serve()
+        if isinstance(message, _ServeAgain | _Changed):
+            if message.server is self and self.wanted and self._awaited is None:
+                self._replace(at_once=isinstance(message, _ServeAgain) or not self._services.descriptors.kept)
             return None
         if isinstance(message, _Wanted):
             if message.server is self and self.wanted and self._await_no_longer():
@@ -187,8 +210,13 @@ class LazyServer:
                 self._services.processes.remove(self._actor.name, self._worker.name)
                 if self.wanted:
                     logger.warning("{} has ended ({}); another one takes its place", self.name, how)
-                    self._actor.after(BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)], _ServeAgain(self))
+                    pause_s = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
                     self._failures += 1
+                    if self._services.descriptors.kept:
+                        pause_s = max(pause_s, KEEPER_S)
+                    self._replace(at_once=pause_s == 0.0)
+                    if self._worker.vacant:
+                        self._actor.after(pause_s, _ServeAgain(self))
         return None
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
@@ -201,16 +229,18 @@ class LazyServer:
             mounts.abort_fuse(self.minor)
 
     def want(self, wanted: bool) -> None:
-        """Whether a server that ends is to be replaced.  Once none is, nothing more is written into the tree's directory."""
-        with self._writing:
-            self.wanted = wanted
+        """Whether a server that ends is to be replaced."""
+        self.wanted = wanted
 
     def release(self) -> None:
         """Have done with the server of a mount that is gone, and hold nothing more."""
         self.wanted, self._released = False, True
         self._await_no_longer()
         self._worker.let_go()
-        self._services.descriptors.drop(self._fuse, self._channel, self._pidfd)
+        self._services.descriptors.dismiss(self._held)
+        self._services.descriptors.drop(self._fuse)
+        with contextlib.suppress(OSError):
+            remove(self._lock)
         self._services.processes.remove(self._actor.name, self._worker.name)
 
     def let_go(self) -> None:
@@ -226,6 +256,31 @@ class LazyServer:
         self._awaited = None
         return True
 
+    def _listen(self) -> None:
+        mailbox, changed = self._actor.mailbox, _Changed(self)
+        self._services.descriptors.listen(self._held, lambda: mailbox(changed))
+
+    def _replace(self, at_once: bool) -> None:
+        """Look whether the keeper has replaced the server; if not, and `at_once`, do it."""
+        if not self._worker.vacant or not mounts.mounts_below(str(self.target)):
+            return
+        standing = self._services.descriptors.standing(self._held)
+        if standing is not None and not standing.ended:
+            self._adopt(standing)
+            return
+        if standing is not None:
+            standing.close()
+        if at_once:
+            self._serve()
+
+    def _adopt(self, standing: Standing) -> None:
+        self._worker.adopt(self._process(standing))
+        self._show()
+
+    def _process(self, standing: Standing) -> Process:
+        channel = Channel(socket.socket(fileno=standing.channel), self._program.says)
+        return Process(self.name, pid_of(standing.pidfd) or 0, standing.pidfd, channel)
+
     def _serve(self) -> None:
         self._worker.start(self._make)
 
@@ -233,21 +288,45 @@ class LazyServer:
         descriptors, program = self._services.descriptors, self._program
         connection = descriptors.get(self._fuse)
         assert connection is not None
-        taken = [descriptor for name in program.takes if (descriptor := descriptors.get(name)) is not None]
+        self._end_unordered()
+        taken = [(name, descriptor) for name in program.takes if (descriptor := descriptors.get(name)) is not None]
         init_request = descriptors.data(self._fuse)
-        order = program.order(init_request, self._served)
-        process = self._services.isolation.start(self.name, program.entry, order, program.says, [connection, *taken])
-        # Kept as well, so that the next root supervisor can watch and hear it.
-        descriptors.keep({self._pidfd: os.dup(process.pidfd), self._channel: os.dup(process.channel.fileno())})
-        if self._released:  # meanwhile, and what was kept just now would stay for ever
-            descriptors.drop(self._channel, self._pidfd)
-        with self._writing:
-            try:
-                if self.wanted:
-                    write_down(self._directory, process, init_request)
-            except OSError as error:  # a full disk, for instance: that costs the third holder, and not the server
-                logger.warning("{}: it could not be written down who serves: {}", self.name, error)
+        process = self._services.isolation.start(
+            self.name,
+            program.entry,
+            program.order(init_request, self._served),
+            program.says,
+            [connection, *(descriptor for _, descriptor in taken)],
+            lock=str(self._lock),
+        )
+        order = StandingOrder(
+            process=self.name,
+            entry=program.entry,
+            arguments=msgspec.msgpack.encode(program.order(init_request, True)),
+            along=[self._fuse, *(name for name, _ in taken)],
+            lock=str(self._lock),
+            silence_s=SILENCE_S,
+        )
+        if not descriptors.stand(self._held, order, os.dup(process.pidfd), os.dup(process.channel.fileno())):
+            process.close()
+            standing = descriptors.standing(self._held)
+            if standing is None:  # released meanwhile
+                raise IsolationError(f"{self.name} is not wanted any more")
+            process = self._process(standing)  # the keeper's, which was there before ours
+        if self._released:  # meanwhile, and what stands since just now would stay for ever
+            descriptors.dismiss(self._held)
         return process
+
+    def _end_unordered(self) -> None:
+        """End the server that an older version of the daemon has left: it stands under no order, and holds no lock."""
+        pidfd = self._services.descriptors.get(f"server/{self._held}")
+        if pidfd is not None:
+            signal_process(pidfd, signal.SIGKILL)
+            waiting = select.poll()
+            waiting.register(pidfd, select.POLLIN)
+            if not waiting.poll(DEATH_S * 1000):
+                raise IsolationError(f"{self.name}: the server of an older version cannot be killed")
+            self._services.descriptors.drop(f"server/{self._held}", f"channel/{self._held}")
 
     def _show(self) -> None:
         row = ProcessRow(self.name, self._worker.pid or 0, self._worker.restarts)

@@ -34,13 +34,15 @@ import trio
 
 from actors.lazytree.table import ObjectTable, Row
 from actors.lazytree.wire import Progress, ReadFailed, Ready, ServeTree
+from supervisor.boot import beat
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Message
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 1.0  # on the channel, for the parent
+BEAT_S = 0.25  # in the lock, for the keeper
 TASKS_MAX = 1024  # requests in the server at once; a stuck one must not keep a ready one in the kernel's queue
 CACHED_S = 1 << 30  # names and attributes never change
 AGAIN_S = 0.5
@@ -380,8 +382,15 @@ async def _serve_tree(
             os.write(session_descriptor, _NOTIFY_RESEND)
         report.tell(Ready())
         nursery.start_soon(report.run, tree)
+        nursery.start_soon(_beat)
         if beside is not None:
             nursery.start_soon(beside, report.tell)
+
+
+async def _beat() -> None:
+    while True:
+        beat()
+        await trio.sleep(BEAT_S)
 
 
 async def _run_session(scope: trio.CancelScope) -> None:

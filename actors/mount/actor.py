@@ -55,7 +55,6 @@ class MountActor(Actor):
             f"workspace mount {task}",
             task,
             self._layout.workspace_lazy,
-            self._layout.workspace_home,
             program,
         )
         self._workspace = ""

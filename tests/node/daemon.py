@@ -155,7 +155,7 @@ class Daemon:
         todo = [self.tree()]
         while todo:
             node = todo.pop()
-            if (node["kind"], node["name"]) == ("process", name):
+            if (node["kind"], node["name"]) == ("process", name) and node["pid"] is not None:  # None: being replaced
                 return int(node["pid"])
             todo += node["children"]
         raise LookupError(name)

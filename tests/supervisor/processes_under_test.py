@@ -7,7 +7,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 
+from supervisor.boot import beat as beat_lock
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Codec, Message
 
@@ -79,6 +81,25 @@ def beat(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
             pass
         except ChannelClosed:
             return
+
+
+def post(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Under a standing order: writes its pid and a line end into the descriptor that came along, and beats until it is killed."""
+    os.write(descriptors[0], b"%d\n" % os.getpid())
+    while True:
+        beat_lock()
+        time.sleep(0.02)
+
+
+def done(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Waits for its channel to be closed or for any message, and ends with success."""
+    end.recv(100)
+
+
+def fail(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Writes its pid like `post`, and fails."""
+    os.write(descriptors[0], b"%d\n" % os.getpid())
+    os._exit(1)
 
 
 def babble(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:

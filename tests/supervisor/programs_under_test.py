@@ -30,6 +30,19 @@ class Remove(Message, frozen=True):
     names: list[str]
 
 
+class Appoint(Message, frozen=True):
+    """Start this entry, and leave a standing order for it; it is given what is held as `along`."""
+
+    name: str
+    entry: str
+    along: list[str] = []
+    silence_s: float = 30.0
+
+
+class Discharge(Message, frozen=True):
+    name: str
+
+
 class Ask(Message, frozen=True):
     pass
 
@@ -44,9 +57,10 @@ class Holds(Message, frozen=True):
     data: dict[str, bytes]
     descriptors: int
     error: str = ""
+    standing: dict[str, int | None] = {}
 
 
-TO_ROOT = Codec(Put, Remove, Ask, size_bytes_max=4 << 20)
+TO_ROOT = Codec(Put, Remove, Appoint, Discharge, Ask, size_bytes_max=4 << 20)
 FROM_ROOT = Codec(Holds, size_bytes_max=4 << 20)
 
 
@@ -61,6 +75,11 @@ def main(what: str, directory: Path) -> int:
             return run_keeper(plan, take_over=True)
         case "stand-in":
             return run_keeper(plan, stand_in=True)
+        case "keeper-of-a-program":
+            script = directory / "program"
+            script.write_text("#!/bin/sh\nexec " + " ".join(argv("root", directory)) + "\n")
+            script.chmod(0o700)
+            return run_keeper(Plan(directory, [str(script)], argv("fork-server", directory), DRAIN_TIMEOUT_S))
         case "keeper-of-nothing":  # until somebody makes the program
             return run_keeper(Plan(directory, [str(directory / "program")], argv("fork-server", directory), DRAIN_TIMEOUT_S))
         case "fork-server":
@@ -104,15 +123,19 @@ def root(directory: Path) -> int:
         try:
             while True:
                 message, _ = channel.receive(None)
-                error = do(descriptors, message)
+                error = do(directory, descriptors, message)
                 channel.send(holds(descriptors, error))
         except ChannelClosed:
             channel.close()
 
 
-def do(descriptors: Any, message: Message) -> str:
+def do(directory: Path, descriptors: Any, message: Message) -> str:
     try:
         match message:
+            case Appoint():
+                appoint(directory, descriptors, message)
+            case Discharge(name):
+                descriptors.dismiss(name)
             case Put(texts, data):
                 files = {}
                 for name, text in texts.items():
@@ -126,6 +149,34 @@ def do(descriptors: Any, message: Message) -> str:
     return ""
 
 
+def appoint(directory: Path, descriptors: Any, wanted: Appoint) -> None:
+    import msgspec
+
+    from supervisor.isolation import Isolation
+    from supervisor.keeping import StandingOrder
+    from tests.supervisor.processes_under_test import FROM_CHILD, Say
+
+    lock = str(directory / f"{wanted.name}.lock")
+    order = StandingOrder(wanted.name, wanted.entry, msgspec.msgpack.encode(Say("")), wanted.along, lock, wanted.silence_s)
+    along = [descriptors.get(name) for name in wanted.along]
+    process = Isolation(str(directory / "forkserver.sock")).start(
+        wanted.name, wanted.entry, Say(""), FROM_CHILD, along, lock=lock
+    )
+    descriptors.stand(wanted.name, order, os.dup(process.pidfd), os.dup(process.channel.fileno()))
+    process.close()
+
+
+def standing(descriptors: Any) -> dict[str, int | None]:
+    from supervisor.pidfd import pid_of
+
+    found = {}
+    for name in descriptors.orders():
+        process = descriptors.standing(name)
+        found[name] = pid_of(process.pidfd)
+        process.close()
+    return found
+
+
 def holds(descriptors: Any, error: str) -> Holds:
     names = descriptors.names()
     return Holds(
@@ -136,6 +187,7 @@ def holds(descriptors: Any, error: str) -> Holds:
         {name: descriptors.data(name) for name in names if descriptors.data(name)},
         len(os.listdir("/proc/self/fd")),
         error,
+        standing(descriptors),
     )
 
 

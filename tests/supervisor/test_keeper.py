@@ -285,3 +285,13 @@ def test_parts_have_nothing_of_who_started_the_keeper(daemon: Daemon, tmp_path: 
         assert pipe not in {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
     os.close(reader)
     os.close(writer)
+
+
+def test_a_log_that_cannot_be_written_costs_nothing(daemon: Daemon, tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        keeper = subprocess.Popen(argv("keeper", tmp_path), stdin=subprocess.DEVNULL, stderr=full)
+    daemon.started.append(keeper)
+    before = daemon.ask(Put({"a": "one"}))
+    kill(before.pid)  # of which the keeper writes a line
+    after = daemon.ask()
+    assert (after.keeper, after.texts) == (keeper.pid, {"a": "one"})

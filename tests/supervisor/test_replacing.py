@@ -1,0 +1,246 @@
+"""Standing orders, with a real keeper, fork server and root supervisor: who is killed or hangs, and what the keeper does alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from supervisor.keeping import Hello, Kept, KeptAll, Stand, StandingOrder, Welcome
+from supervisor.lockfile import sign_of
+from supervisor.pidfd import pid_of
+from supervisor.replacing import ANSWER_S, DUMP_S, LOOK_AGAIN_S, LOOK_S
+from tests.supervisor.daemons_under_test import TIMEOUT_S, Daemon
+from tests.supervisor.descendants import ends, kill
+from tests.supervisor.programs_under_test import ENTRIES, Appoint, Discharge, Holds, Put
+
+
+def appoint(daemon: Daemon, entry: str = "post", silence_s: float = 30.0, name: str = "a") -> int:
+    """Leave an order → the pid of the process under it."""
+    daemon.ask(Put({"along": ""}))
+    held = daemon.ask(Appoint(name, f"{ENTRIES}:{entry}", ["along"], silence_s))
+    daemon.state(lambda state: name in state.standing)
+    if entry == "post":
+        replaced(daemon, 0, name)
+    return int(held.standing[name] or 0)
+
+
+def replaced(daemon: Daemon, times: int = 1, name: str = "a") -> int:
+    """Wait until the keeper has replaced it so often, and the last one beats → its pid."""
+    daemon.state(lambda state: state.standing.get(name, 0) >= times)
+    lock = daemon.directory / f"{name}.lock"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (sign := sign_of(lock)).beats or ends(sign.pid, 0):
+        assert time.monotonic() < deadline, daemon.log()
+    return sign.pid
+
+
+def told(daemon: Daemon, pid: int, name: str = "a") -> Holds:
+    """What the root supervisor holds, as soon as it knows that this is the process."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while (held := daemon.ask()).standing.get(name) != pid:
+        assert time.monotonic() < deadline, held
+    return held
+
+
+def test_a_process_is_replaced_and_the_root_supervisor_told(daemon: Daemon) -> None:
+    daemon.start()
+    pid = appoint(daemon)
+    for times in (1, 2, 3):
+        kill(pid)
+        successor = replaced(daemon, times)
+        assert successor != pid
+        held = told(daemon, successor)
+        pid = successor
+    written = held.texts["along"].split()
+    assert len(written) == 4 and written[-1] == str(pid)  # each had what goes along
+    assert daemon.log().count("has ended, killed by signal 9; another one takes its place") == 3
+
+
+def test_a_process_is_replaced_while_the_root_supervisor_hangs(daemon: Daemon) -> None:
+    daemon.start()
+    pid = appoint(daemon)
+    root = daemon.ask().pid
+    os.kill(root, signal.SIGSTOP)
+    for times in (1, 2):
+        kill(pid)
+        pid = replaced(daemon, times)
+    os.kill(root, signal.SIGCONT)
+    assert told(daemon, pid).pid == root
+
+
+def test_a_process_is_replaced_while_there_is_no_root_supervisor(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.start("keeper-of-a-program")
+    pid = appoint(daemon)
+    (tmp_path / "program").rename(tmp_path / "hidden")  # it cannot be started again
+    kill(daemon.ask().pid)
+    kill(pid)
+    successor = replaced(daemon)
+    (tmp_path / "hidden").rename(tmp_path / "program")
+    assert told(daemon, successor).texts["along"].split() == [str(pid), str(successor)]
+
+
+def test_a_process_that_hangs_is_dumped_and_replaced_without_a_root_supervisor(daemon: Daemon) -> None:
+    daemon.start()
+    pid = appoint(daemon, silence_s=0.3)
+    root = daemon.ask().pid
+    os.kill(root, signal.SIGSTOP)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    assert replaced(daemon) != pid
+    took_s = time.monotonic() - began
+    # A stopped process cannot say where it is; one that only hangs can, and this shows that the keeper waits for that.
+    assert 0.3 + LOOK_AGAIN_S + DUMP_S <= took_s < 0.3 + LOOK_AGAIN_S + DUMP_S + 3 * LOOK_S + 2.0
+    os.kill(root, signal.SIGCONT)
+
+
+def test_a_process_that_never_beats_says_where_it_hangs(daemon: Daemon) -> None:
+    daemon.start()
+    appoint(daemon, "outlive", silence_s=0.2)
+    daemon.state(lambda state: state.standing["a"] >= 1)
+    assert "Fatal Python error: Aborted" in daemon.log() and "in outlive" in daemon.log()
+    assert "killed by signal 6" in daemon.log()
+
+
+def test_a_fork_server_that_dies_at_that_moment_costs_only_its_own_start(daemon: Daemon) -> None:
+    daemon.start()
+    pid = appoint(daemon)
+    server = daemon.state().fork_server_pid
+    kill(server)
+    kill(pid)
+    assert replaced(daemon) != pid
+    assert daemon.state().fork_server_pid != server
+
+
+def test_a_fork_server_that_hangs_is_killed_and_hangs_not_the_keeper(daemon: Daemon) -> None:
+    daemon.start()
+    pid = appoint(daemon)
+    server = daemon.state().fork_server_pid
+    os.kill(server, signal.SIGSTOP)
+    began = time.monotonic()
+    kill(pid)
+    while time.monotonic() < began + ANSWER_S / 2:
+        asked = time.monotonic()
+        daemon.state()
+        assert time.monotonic() - asked < 0.5  # it answers others meanwhile
+    replaced(daemon)
+    assert daemon.state().fork_server_pid not in (0, server)
+    assert f"the fork server has not answered for {ANSWER_S:g} s; it is killed" in daemon.log()
+
+
+def test_a_process_that_ends_with_success_is_done(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.start()
+    appoint(daemon, "done")
+    second = appoint(daemon, name="b")
+    client = daemon.connect("keeper.sock")
+    client.send(Hello())
+    channels = {}
+    while not isinstance((said := client.receive(10))[0], KeptAll):
+        match said:
+            case Stand(name, _), [pidfd, channel]:
+                os.close(pidfd)
+                channels[name] = channel
+            case _, descriptors:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+    os.write(channels["a"], b"end")
+    for channel in channels.values():
+        os.close(channel)
+    client.close()
+    kill(second)
+    replaced(daemon, name="b")
+    assert daemon.state().standing == {"a": 0, "b": 1}
+
+
+def test_one_that_fails_at_once_is_tried_again_with_growing_pauses(daemon: Daemon) -> None:
+    daemon.start()
+    began = time.monotonic()
+    appoint(daemon, "fail")
+    daemon.state(lambda state: state.standing["a"] >= 5)
+    assert time.monotonic() - began >= 0.3  # 0.1 and 0.2
+    assert len(daemon.ask().texts["along"].split()) >= 5
+
+
+def test_a_dismissed_one_is_ended_and_not_replaced(daemon: Daemon) -> None:
+    daemon.start()
+    pid = appoint(daemon)
+    assert daemon.ask(Discharge("a")).standing == {}
+    assert ends(pid, 10)
+    assert daemon.state(lambda state: not state.standing).standing == {}
+
+
+@pytest.mark.parametrize("how", ["stand-in", "take-over"])
+def test_another_keeper_goes_on_with_it(daemon: Daemon, how: str) -> None:
+    first = daemon.start()
+    pid = appoint(daemon)
+    if how == "stand-in":
+        kill(first.pid)
+    else:
+        daemon.start("take-over")
+        assert first.wait(10) == 0
+    assert daemon.state(lambda state: state.pid != first.pid and "a" in state.standing).standing == {"a": 0}
+    kill(pid)
+    successor = replaced(daemon)
+    told(daemon, successor)
+
+
+def test_one_that_nobody_knows_of_any_more_is_ended_by_the_next(daemon: Daemon) -> None:
+    """A process whose starter died before it could say so, and which hangs: it has the lock, and whatever else is to be had once."""
+    daemon.start()
+    pid = appoint(daemon)
+    os.kill(pid, signal.SIGSTOP)
+    successor = int(daemon.ask(Appoint("a", f"{ENTRIES}:post", ["along"])).standing["a"] or 0)
+    # The root supervisor has taken the first for one that lives, and ended the second: its order stands.
+    assert successor == pid
+    kill(pid)
+    assert replaced(daemon) not in (pid, 0)
+
+
+def test_of_two_that_live_the_root_supervisor_s_is_the_one(daemon: Daemon) -> None:
+    """The keeper has replaced a process, and so has the root supervisor, which has not heard of that."""
+    daemon.start()
+    pid = appoint(daemon)
+    root = daemon.ask().pid
+    os.kill(root, signal.SIGSTOP)
+    kill(pid)
+    by_keeper = replaced(daemon)
+    # As if it came from the root supervisor.
+    client = daemon.connect("keeper.sock")
+    other = os.fork()
+    if other == 0:
+        signal.pause()
+        os._exit(0)
+    reader, writer = os.pipe()
+    pidfd = os.pidfd_open(other)
+    order = StandingOrder("a", f"{ENTRIES}:post", b"", ["along"], str(daemon.directory / "a.lock"), 30.0)
+    client.send(Stand("a", order), [pidfd, writer])
+    assert ends(by_keeper, 10)
+    client.send(Hello())
+    assert isinstance(client.receive(10)[0], Welcome)
+    while not isinstance((said := client.receive(10))[0], Stand):
+        assert isinstance(said[0], Kept)
+        for descriptor in said[1]:
+            os.close(descriptor)
+    assert pid_of(said[1][0]) == other
+    for descriptor in (*said[1], reader, writer, pidfd):
+        os.close(descriptor)
+    client.close()
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    os.kill(root, signal.SIGCONT)
+
+
+def test_a_standing_order_without_its_descriptors_costs_its_sender_the_connection(daemon: Daemon) -> None:
+    from supervisor.channel import ChannelClosed
+
+    daemon.start()
+    client = daemon.connect("keeper.sock")
+    client.send(Stand("a", StandingOrder("a", "b:c", b"", [], "/nowhere", 1.0)), [0])
+    with pytest.raises(ChannelClosed):
+        client.receive(10)
+    client.close()
+    assert daemon.state().standing == {}
+    assert "a: 1 descriptors came with a standing order" in daemon.log()
