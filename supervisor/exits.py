@@ -46,7 +46,7 @@ def of_code(code: int | None) -> Exit:
         return Exit(Cause.KILLED, "how is not known")
     if code < 0:
         return Exit(Cause.KILLED, f"killed by signal {-code}")
-    return Exit(Cause.CRASH, f"exit code {code}") if code else NORMAL
+    return Exit(Cause.CRASH if code else Cause.NORMAL, f"exit code {code}")
 
 
 @dataclass(frozen=True)

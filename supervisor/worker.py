@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,18 @@ from typing import Any
 from supervisor.actor import Actor
 from supervisor.answers import Vital, Worked, WorkFailed
 from supervisor.channel import ChannelClosed, ChannelTimeout
+from supervisor.events import Event, shortened
+from supervisor.exits import Cause, Exit, of_code
 from supervisor.frames import Message
 from supervisor.isolation import Process
 from supervisor.pidfd import wait_status
+from supervisor.rules import What
 from supervisor.watch import Watcher
 
-SILENCE_S = 5.0  # without a sign of life a process that promised heartbeats is hung
+# Without a sign of life for so long a process that promised heartbeats is hung.  With one more look, the dump, and another quarter
+# for a sign that came just after a look, a process that is stopped is replaced within 5 s.
+SILENCE_S = 3.5
+LOOKS = 4  # in that time
 SEND_S = 0.5
 LOOK_AGAIN_S = 0.2
 DUMP_S = 0.2  # between SIGABRT, at which it says where it hangs, and SIGKILL
@@ -127,7 +134,7 @@ class Worker:
         self._heartbeat = heartbeat
         self._silence_s = silence_s
         self._heard = False
-        self._suspected = False
+        self._missed = 0  # looks at which nothing had been heard since the one before
         self._hung = False
         self._making: _Making | None = None
 
@@ -202,22 +209,32 @@ class Worker:
             case WorkFailed(_Start() as key, error) if self._is_mine(key):
                 self._making = None
                 self.restarts += 1
+                self._note(Exit(Cause.START, str(error)))
                 return Ended(self.name, self.generation, f"it could not be started: {error}")
             case Said() if self._is_mine(message):
                 self._heard = True
                 return message
             case _Died() if self._is_mine(message) and self.process is not None:
                 how = _how(self.process.pidfd)
+                self._note(Exit(Cause.HUNG, f"hung, {how}") if self._hung else how)
                 self._unwatch(self.process)
                 self.process.close()
                 self.process = None
                 self.restarts += 1
-                return Ended(self.name, self.generation, how, self._hung)
+                return Ended(self.name, self.generation, str(how), self._hung)
             case _Check() if self._is_mine(message):
                 self._check()
             case _Kill() if self._is_mine(message):
                 self.kill()
         return None
+
+    def _note(self, exit: Exit) -> None:
+        """For the event log: whether it is started again is its actor's to say."""
+        what = What.START_FAILED if exit.cause is Cause.START else What.ENDED
+        event = Event(
+            time.time(), self._actor.name, self.name, self.generation, what.value, exit.cause.value, shortened(exit.text)
+        )
+        self._actor.system.events(event)
 
     def _is_mine(self, message: _Start | Said | _Died | _Check | _Kill) -> bool:
         return message.worker == self.name and message.generation == self.generation
@@ -247,14 +264,12 @@ class Worker:
     def _check(self) -> None:
         if self.process is None:
             return
-        if self._heard:
-            self._heard = self._suspected = False
-            self._actor.after(self._silence_s, _Check(self.name, self.generation))
-            return
-        if not self._suspected:
-            # Perhaps it was this process that did not run, and what was said lies unread.
-            self._suspected = True
-            self._actor.after(LOOK_AGAIN_S, _Check(self.name, self.generation))
+        self._missed = 0 if self._heard else self._missed + 1
+        self._heard = False
+        if self._missed <= LOOKS:
+            # The last time soon: perhaps it was this process that did not run, and what was said lies unread.
+            delay_s = LOOK_AGAIN_S if self._missed == LOOKS else self._silence_s / LOOKS
+            self._actor.after(delay_s, _Check(self.name, self.generation))
             return
         self._hung = True
         self.process.signal(signal.SIGABRT)  # faulthandler writes where every thread is to the daemon's log
@@ -265,9 +280,6 @@ class Worker:
         self._watcher.forget(process.pidfd)
 
 
-def _how(pidfd: int) -> str:
+def _how(pidfd: int) -> Exit:
     status = wait_status(pidfd)
-    if status is None:
-        return "how is not known"
-    code = os.waitstatus_to_exitcode(status)
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return of_code(None if status is None else os.waitstatus_to_exitcode(status))

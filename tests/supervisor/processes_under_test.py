@@ -119,6 +119,15 @@ def outlive(end: socket.socket, descriptors: list[int], arguments: bytes) -> Non
     signal.pause()
 
 
+def leave_behind(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Forks a child that has all its descriptors, says that child's pid, and is killed."""
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    Channel(end, TO_CHILD).send(Say(str(child)))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def report(text: str) -> Report:
     descriptors = {}
     for number in os.listdir("/proc/self/fd"):

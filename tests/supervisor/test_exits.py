@@ -16,7 +16,7 @@ def test_which_ends_are_good() -> None:
 @pytest.mark.parametrize(
     ("script", "exit"),
     [
-        ("exit 0", NORMAL),
+        ("exit 0", Exit(Cause.NORMAL, "exit code 0")),
         ("exit 3", Exit(Cause.CRASH, "exit code 3")),
         ("exit 139", Exit(Cause.CRASH, "exit code 139")),  # what a shell would call a segmentation fault
         ("kill -9 $$", Exit(Cause.KILLED, "killed by signal 9")),

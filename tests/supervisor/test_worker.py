@@ -17,7 +17,7 @@ from supervisor.channel import Channel
 from supervisor.isolation import Isolation, IsolationError, Process
 from supervisor.system import System
 from supervisor.watch import Watcher
-from supervisor.worker import Ended, Said, Started, Worker
+from supervisor.worker import LOOKS, Ended, Said, Started, Worker
 from tests.supervisor.actors_under_test import TIMEOUT_S, Log, hold
 from tests.supervisor.descendants import ends
 from tests.supervisor.processes_under_test import FROM_CHILD, Crash, Say
@@ -29,9 +29,17 @@ SILENCE_S = 0.3
 class Boss(Actor):
     """Has one worker, and starts another when it has ended.  `log`: what the worker is said to do; `looks`: how often it was checked."""
 
-    def __init__(self, system: System, watcher: Watcher, make: Callable[[], Process], heartbeat: bool, again: bool) -> None:
+    def __init__(
+        self,
+        system: System,
+        watcher: Watcher,
+        make: Callable[[], Process],
+        heartbeat: bool = False,
+        again: bool = False,
+        silence_s: float = SILENCE_S,
+    ) -> None:
         super().__init__(system, "boss")
-        self.worker = Worker(self, watcher, "worker", heartbeat, SILENCE_S)
+        self.worker = Worker(self, watcher, "worker", heartbeat, silence_s)
         self.log, self.looks = Log(), Log()
         self.alive = False
         self._make = make
@@ -187,7 +195,7 @@ def test_a_worker_that_hangs_says_where_before_it_is_killed(bosses: Callable[...
 
 def test_a_worker_that_beats_is_left_alone(bosses: Callable[..., Boss]) -> None:
     boss = bosses("beat", heartbeat=True)
-    boss.looks.take(4)
+    boss.looks.take(3 * LOOKS)
     assert boss.next_but_beats() == Started("worker", 1)
     boss.mailbox(lambda boss: boss.worker.kill())
     assert boss.next_but_beats() == Ended("worker", 1, "killed by signal 9")
@@ -210,7 +218,7 @@ def test_a_worker_is_not_hung_because_nobody_listened(bosses: Callable[..., Boss
         boss.next()
     assert boss.next() == Said("worker", 1, Say("beat"))  # heard since it was last looked at
     with busy(watcher):
-        boss.looks.take(2)  # at the first it had been heard, at the second it had not
+        boss.looks.take(1 + LOOKS)  # at the first it had been heard, at the others it had not
     boss.looks.take(2)
     boss.mailbox(lambda boss: boss.worker.kill())
     assert boss.next_but_beats() == Ended("worker", 1, "killed by signal 9")
