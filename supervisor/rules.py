@@ -16,7 +16,7 @@ from supervisor.spec import ChildSpec, Type
 
 
 class State(Enum):
-    """Of a child.  In the middle three something is waited for that the child does."""
+    """Of a child."""
 
     DOWN = "down"  # it has ended for good, was terminated, or had nothing to do; its spec is kept
     RESTARTING = "restarting"  # it is started again after a pause, or when it is its turn

@@ -25,10 +25,10 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
+from supervisor.children import ALIVE, AT_REST, BUSY, Child, Unbegun, acceptable
 from supervisor.deadlines import Deadlines
 from supervisor.exits import Begun, Cause, Exit, Exited
 from supervisor.restarts import Backoff, Window
@@ -68,9 +68,6 @@ from supervisor.spec import AutoShutdown, ChildSpec, Flags, Restart, SpecError, 
 from supervisor.strategy import Strategy, affected
 
 LANE: Final = ""  # no child has this id; its deadline is when the lane's pause is over
-BUSY: Final = (State.STARTING, State.STOPPING, State.KILLING)
-AT_REST: Final = (State.DOWN, State.FAILED)
-ALIVE: Final = (State.STARTING, State.RUNNING, State.STOPPING, State.KILLING)
 
 
 class Phase(Enum):
@@ -81,38 +78,6 @@ class Phase(Enum):
     RUNNING = "running"
     ENDING = "ending"
     ENDED = "ended"
-
-
-class Unbegun(Enum):
-    """What it means when a child cannot begin."""
-
-    ABORT = "abort"  # the supervisor cannot either: it is one of those that it starts with
-    DISCARD = "discard"  # it is forgotten: somebody tried to add it
-    KEEP = "keep"  # it stays down: somebody tried to start it again
-    RETRY = "retry"  # it has begun before, or must be
-
-
-@dataclass
-class Child:
-    """A child as the rule book knows it."""
-
-    spec: ChildSpec
-    backoff: Backoff
-    unbegun: Unbegun
-    state: State = State.DOWN
-    generation: int = -1
-    launches: int = 0
-    verdict: Exit | None = None  # what its end will mean, when it is ended for what it did or did not
-    terminating: bool = False
-    askers: list[Any] = field(default_factory=list)  # who wait until it has begun or is down
-    windows: dict[Cause, Window] = field(default_factory=dict)
-
-    @property
-    def restarts(self) -> int:
-        return max(0, self.launches - 1)
-
-    def row(self) -> Row:
-        return Row(self.spec.id, self.state, self.spec.type, self.generation, self.restarts)
 
 
 class Supervision:
@@ -213,7 +178,7 @@ class Supervision:
     def _is_down(self, child: Child, event: Exited) -> None:
         """A child that was to end has ended."""
         verdict, child.verdict = child.verdict, None
-        if verdict is None and not _acceptable(child, event.exit):
+        if verdict is None and not acceptable(child, event.exit):
             self._report(What.SHUTDOWN_ERROR, child, event.exit)
         if child.terminating:
             child.terminating = False
@@ -566,13 +531,6 @@ class Supervision:
         lane = bool(self._to_stop or self._to_start or LANE in self._deadlines)
         turn = self.children.get(self._turn or LANE)
         return self.flags.strategy.grouped and (lane or (turn is not None and turn.state in BUSY))
-
-
-def _acceptable(child: Child, exit: Exit) -> bool:
-    """Whether a child that was to end has ended as it should (OTP's monitor_return)."""
-    if child.spec.patience_s == 0:
-        return exit.cause is Cause.KILLED
-    return exit.cause is Cause.SHUTDOWN or (exit.cause is Cause.NORMAL and child.spec.restart is not Restart.PERMANENT)
 
 
 Handler = Callable[[Supervision, Child, Any], None]

@@ -21,6 +21,7 @@ from loguru import logger
 
 from supervisor.actor import Actor, Stop
 from supervisor.answers import Deferred, Vital
+from supervisor.children import Child
 from supervisor.events import Event, shortened
 from supervisor.exits import Begun, Cause, Exit, Exited
 from supervisor.rules import (
@@ -48,7 +49,7 @@ from supervisor.rules import (
 )
 from supervisor.rules import Event as Happening
 from supervisor.spec import ChildSpec, Flags, SpecError, Type, check_children
-from supervisor.supervision import Child, Phase, Supervision
+from supervisor.supervision import Phase, Supervision
 from supervisor.system import System
 
 __all__ = ["StartFailed", "Supervisor", "System"]

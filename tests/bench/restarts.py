@@ -16,6 +16,7 @@ from tests.bench.site import Site
 from tests.bench.table import Row, median, within
 from tests.bench.tasks import private_kib
 from tests.node.daemon import Daemon
+from tests.supervisor.restarting import measure
 
 RUNNING = 50  # tasks
 DEATHS = 5
@@ -25,6 +26,7 @@ RESTARTS, WARM_UP = 1000, 50
 def rows(site: Site) -> Iterator[Row]:
     yield from deaths(site, site.daemon)
     yield from restarts(site, site.daemon)
+    yield from actors(site)
 
 
 def deaths(site: Site, daemon: Daemon) -> Iterator[Row]:
@@ -88,6 +90,15 @@ def restarts(site: Site, daemon: Daemon) -> Iterator[Row]:
         yield within(f"{RESTARTS} restarts: memory more in the {holder}", memory, 1, "MiB")
         work = f"{RESTARTS} restarts: descriptors and threads more in the {holder}"
         yield Row(work, "", f"{descriptors}, {threads}", 0.0, "0, 0", (descriptors, threads) == (0, 0))
+
+
+def actors(site: Site) -> Iterator[Row]:
+    """An actor, and a group of three, restarted by supervisors in a process of their own."""
+    left = measure(RESTARTS, site.home)
+    yield within(f"{RESTARTS} restarts of actors: memory more", left["memory_mib"], 1, "MiB")
+    more = (left["descriptors"], left["threads"])
+    work = f"{RESTARTS} restarts of actors: descriptors and threads more"
+    yield Row(work, "", f"{more[0]}, {more[1]}", 0.0, "0, 0", more == (0, 0))
 
 
 def answered(path: Path) -> None:

@@ -843,5 +843,5 @@ def test_it_is_pure() -> None:
     source = inspect.getsource(module)
     imported = set(re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE))
     pure = {"__future__", "itertools", "math", "random", "collections", "collections.abc", "dataclasses", "enum", "typing"}
-    ours = {f"supervisor.{name}" for name in ("deadlines", "exits", "restarts", "rules", "spec", "strategy")}
+    ours = {f"supervisor.{name}" for name in ("children", "deadlines", "exits", "restarts", "rules", "spec", "strategy")}
     assert imported <= pure | ours
