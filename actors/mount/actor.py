@@ -66,6 +66,7 @@ class MountActor(Actor):
         self._keep_staging = False
         self._asked: dict[int, str] = {}
         self._sync_began_s = 0.0  # the last one of the running task
+        self._sync_error = ""
 
     def on_begin(self) -> None:
         """Find what an earlier incarnation left: a mount, its server, or nothing."""
@@ -282,8 +283,9 @@ class MountActor(Actor):
             self._ask_to_sync("sync running", running=True)
 
     def _synced_running(self, error: str) -> None:
-        if error:  # what counts is the sync at the end
+        if error and error != self._sync_error:  # what counts is the sync at the end
             logger.warning("what task {} wrote so far could not be brought to its store: {}", self._task, error)
+        self._sync_error = error
         self._sync_later(time.monotonic() - self._sync_began_s)
 
     # --- the end ---

@@ -201,4 +201,8 @@ def settle(known: Known, batch: Batch) -> None:
         known.move(move.old, move.new)
     for result in batch.results:
         known.settle(result.path, result.where, result.wanted, result.reached)
-    known.conflicts.update((path, Conflict(path, beside, reason)) for path, beside, reason in batch.conflicts)
+    for path, beside, reason in batch.conflicts:
+        if reason:
+            known.conflicts[path] = Conflict(path, beside, reason)
+        else:
+            known.conflicts.pop(path, None)

@@ -158,6 +158,9 @@ class _Planner:
             return
         same = now is None
         theirs = Theirs.SAME if same else Theirs.WAS if same_version(now, self.known.theirs.get(path)) else Theirs.OTHER
+        if wanted is None and self.withdraw(path) and path not in self.known.theirs:
+            self.conflict(path, b"", "")  # made by both, and removed by the task: theirs was never the task's business
+            return
         match DECISIONS[Ours.REMOVED, theirs]:
             case Decision.REMOVE if not is_directory(now) or self.going.issuperset(self.view.children(path)):
                 self.going.add(path)
@@ -189,6 +192,8 @@ class _Planner:
                     self.conflict(path, beside, "changed by the task and in the store")
             case Decision.KEEP:
                 self.conflict(path, b"", "described by the task, changed in the store")
+            case Decision.NOTHING if wanted.staged and where == path and self.withdraw(path):
+                self.conflict(path, b"", "")
             case Decision.NOTHING if wanted.staged:
                 self.plan.settled.append((path, where))
             case Decision.NOTHING:  # a link made by a sync that was killed before it came to mode and time
@@ -304,6 +309,20 @@ class _Planner:
                 self.taken.add(name)
                 return name
             number += 1
+
+    def withdraw(self, path: bytes) -> bool:
+        """Plan to remove what an earlier sync, of the running task, put beside `path`; False when there was no such conflict.
+
+        What others have changed there stays.
+        """
+        earlier = self.known.conflicts.get(path)
+        if earlier is None or not earlier.beside:
+            return False
+        beside, now = earlier.beside, self.view.get(earlier.beside)
+        left = now is not None and not is_directory(now) and same_version(now, self.known.theirs.get(beside))
+        if left and beside not in self.tree:
+            self.plan.removals.append(Step(Action.REMOVE, beside, beside, None, now))
+        return True
 
     def conflict(self, path: bytes, beside: bytes, reason: str) -> None:
         self.plan.conflicts.append(Conflict(path, beside, reason))

@@ -45,7 +45,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """The task's change of `path` was not applied: its version is at `beside`, or, when that is empty, nowhere."""
+    """The task's change of `path` was not applied: its version is at `beside`, or, when that is empty, nowhere.
+
+    Without a reason it is none any more: what an earlier sync found has resolved itself.
+    """
 
     path: bytes
     beside: bytes

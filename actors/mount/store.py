@@ -49,6 +49,7 @@ class Store:
         self._task = os.fsencode(task)
         self._token = os.urandom(8).hex()
         self._numbers = 0
+        self._private_made = False
         self._seen: dict[bytes, Entry | None] = {}
 
     def close(self) -> None:
@@ -165,28 +166,35 @@ class Store:
         finally:
             os.close(directory)
 
-    def _make_private(self) -> int:
-        """A descriptor of this task's private directory."""
-        directory = self.root
-        for name in (RESERVED, self._task):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(name, 0o711, dir_fd=directory)
-            below = open_beneath(directory, name, DIRECTORY)
-            if directory != self.root:
-                os.close(directory)
-            directory = below
-            # Whoever else may write to the store must not write here: what lies here is published as it is.  Names that are to
-            # be published nobody can guess.
-            os.fchmod(directory, 0o711)
-            os.fchown(directory, os.geteuid(), os.getegid())
-        return directory
+    def _open_private(self) -> int:
+        """A descriptor of this task's private directory, which is made, and made ours, at first use."""
+        try:
+            if self._private_made:
+                with contextlib.suppress(FileNotFoundError):
+                    return open_beneath(self.root, self.private, DIRECTORY)
+            self._private_made = True
+            with contextlib.ExitStack() as opened:
+                directory = self.root
+                for name in (RESERVED, self._task):
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, 0o711, dir_fd=directory)
+                    directory = open_beneath(directory, name, DIRECTORY)
+                    opened.callback(os.close, directory)
+                    # Whoever else may write to the store must not write here: what lies here is published as it is.  Names that
+                    # are to be published nobody can guess.
+                    os.fchmod(directory, 0o711)
+                    os.fchown(directory, os.geteuid(), os.getegid())
+                return os.dup(directory)
+        except OSError as error:
+            if error.errno not in STALE:
+                raise
+            # No later look would find it otherwise: this is for somebody to put right.
+            text = f"{os.fsdecode(self.private)} in the store is no directory of a sync's: {error.strerror}"
+            raise OSError(errno.EPERM, text) from None
 
     @contextlib.contextmanager
     def private_name(self, kind: str) -> Iterator[tuple[int, bytes]]:
-        try:
-            directory = open_beneath(self.root, self.private, DIRECTORY)
-        except FileNotFoundError:
-            directory = self._make_private()
+        directory = self._open_private()
         self._numbers += 1
         try:
             yield directory, f"{kind}-{self._token}-{self._numbers}".encode()
@@ -195,13 +203,11 @@ class Store:
 
     def put_aside(self, directory: int, name: bytes, content: Version) -> None:
         """Give the file that has this content, at `name` in an open directory, a private name besides: the task may still read it."""
-        private = self._make_private()
-        aside = aside_name(content[0])
+        private = self._open_private()
         try:
-            with contextlib.suppress(
-                FileExistsError
-            ):  # by an earlier sync: the inode is never another's while it has that name
-                os.link(name, aside, src_dir_fd=directory, dst_dir_fd=private, follow_symlinks=False)
+            # It may have the name by an earlier sync: no other inode can have that number meanwhile.
+            with contextlib.suppress(FileExistsError):
+                os.link(name, aside_name(content[0]), src_dir_fd=directory, dst_dir_fd=private, follow_symlinks=False)
         finally:
             os.close(private)
 

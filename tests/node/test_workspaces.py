@@ -272,6 +272,38 @@ def test_what_never_comes_back_is_said(daemon: Daemon) -> None:
     assert told["skipped"] == result.skipped
 
 
+def test_forged_and_odd_names(daemon: Daemon) -> None:
+    """Names of ours in the task's hands, and names that are no text: each comes back as what it is, and the result can be read."""
+    store = make_store(daemon, "forged", {"file": b"old"})
+    script = (
+        "echo forged > file.aerie-conflict-odd; mkdir .aerie-sync; echo x > .aerie-sync/put-1; mkdir d; echo mine > d/.aerie-sync; "
+        'name="$(printf "a\\nb\\377")"; echo odd > "$name"; echo ours > file; ' + READY
+    )
+    task = begun(daemon, script, "forged", task="odd")
+    go(daemon, task)
+    odd = store / os.fsdecode(b"a\nb\xff")
+    mount = daemon.run_dir / "tasks" / task / "workspace"
+    eventually(lambda: read(mount / "file") == b"ours\n", "the task has written")
+    result = daemon.result(task)
+    assert result.sync == "synced"
+    assert result.skipped == [".aerie-sync: the name is reserved"]
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == {
+        odd: b"odd\n",
+        store / "file": b"ours\n",
+        store / "file.aerie-conflict-odd": b"forged\n",
+        store / "d/.aerie-sync": b"mine\n",
+    }
+    task = begun(daemon, READY + "echo ours > file; rm a*", "forged", task="odd.2")
+    for path in (odd, store / "file"):
+        path.write_bytes(b"theirs")
+    go(daemon, task)
+    told = json.loads(daemon.command("result", "--json", "--wait", "60s", task).stdout)
+    assert sorted(told["conflicts"]) == [
+        "a\nb\\xff: removed by the task, changed in the store",
+        "file (now file.aerie-conflict-odd.2): changed by the task and in the store",
+    ]
+
+
 def test_a_sync_that_failed_keeps_everything_and_is_done_later(daemon: Daemon) -> None:
     store = make_store(daemon, "full")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,uid=1000,gid=1000,mode=755", "none", store], check=True)
