@@ -6,7 +6,7 @@
     order         the objects (indexes into the object table) by layer and offset
     windows       each compressed (zlib)
 
-Numbers are little-endian.  A layer without checkpoints is no gzip: it is read as it is, in *spans* of SPAN_BYTES.  Of gzip, a span
+Numbers are little-endian.  A layer without checkpoints is not compressed: it is read as it is, in *spans* of SPAN_BYTES.  Otherwise a span
 reaches from one checkpoint to the next.  Spans are what is fetched; a server maps the section and reads of it what it needs.
 """
 
@@ -52,7 +52,7 @@ class Span(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What the section says of one layer; without checkpoints it is no gzip."""
+    """What the section says of one layer; without checkpoints it is not compressed."""
 
     compressed_bytes: int
     size_bytes: int
@@ -80,7 +80,7 @@ class Checkpoints:
         self._place += len(window)
 
     def end_layer(self, compressed_bytes: int, size_bytes: int) -> None:
-        """The layer has been read, and no checkpoint was added if it is no gzip."""
+        """The layer has been read, and no checkpoint was added if it is not compressed."""
         self._layers.append((compressed_bytes, size_bytes, self._first, len(self._records) - self._first))
         self._first = len(self._records)
 

@@ -31,9 +31,9 @@ import trio
 from actors.image.checkpoints import Span, Spans
 from actors.image.content import CHUNK_BYTES, LayerContent, decode_content, stored_bytes
 from actors.image.errors import ContentCorrupt, ImageError
-from actors.image.inflate import inflate_from
 from actors.image.registry import Registry
 from actors.image.spool import Spool
+from actors.image.stream import decompress_from
 from actors.lazytree.objects import Objects
 from actors.lazytree.server import SourceError
 from actors.lazytree.table import ObjectTable, Row
@@ -334,7 +334,7 @@ class RegistrySource:
         registry = self._borrow()
         pieces = registry.stream_range(self._layers[layer], span.first, span.stop - span.first, timeout_s=self._timeout_s)
         try:
-            blocks = pieces if span.checkpoint is None else inflate_from(span.checkpoint, pieces, BLOCK_BYTES)
+            blocks = pieces if span.checkpoint is None else decompress_from(span.checkpoint, pieces, BLOCK_BYTES)
             whole = self._scatter(layer, span.begin, span.end, blocks)
             for _ in pieces:
                 pass  # to its end, so that the connection can be used again

@@ -11,12 +11,12 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 
-from actors.image.errors import ContentCorrupt, OverBounds, Unsupported
-from actors.image.inflate import BLOCK_BYTES, Checkpoint, inflate
+from actors.image.errors import ContentCorrupt, OverBounds
+from actors.image.inflate import BLOCK_BYTES, Checkpoint, inflate, inflate_from
 from actors.image.manifests import Descriptor
+from actors.image.zstd import MAGIC, is_zstd, unzstd, unzstd_from
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _METADATA_SIZE_MAX = 256 << 20  # names, attributes and maps of sparse files: what the builder keeps in memory
 
 
@@ -85,17 +85,35 @@ class Verified:
 
 
 def decompress(pieces: Iterator[bytes], checkpoint: Callable[[Checkpoint], None]) -> Iterator[bytes]:
-    """The bytes of a layer, in blocks of at most BLOCK_BYTES: gunzipped when they are gzip (which media types do not tell).
+    """The bytes of a layer, in blocks of at most BLOCK_BYTES: decompressed if they are gzip or zstd (which media types do not tell).
 
-    `checkpoint` is called with those of a gzip.  Raises ContentCorrupt, and Unsupported for zstd.
+    `checkpoint` is called with those of a compressed layer.  Raises ContentCorrupt.
     """
-    first = next(pieces, b"")
-    while 0 < len(first) < len(_ZSTD_MAGIC) and (more := next(pieces, b"")):
-        first += more
-    if first.startswith(_ZSTD_MAGIC):
-        raise Unsupported("a layer is compressed with zstd, which is not handled yet; push the image with gzip layers")
-    pieces = itertools.chain([first], pieces)
+    first, pieces = _peek(pieces)
+    if is_zstd(first):
+        return unzstd(pieces, checkpoint)
     return inflate(pieces, checkpoint) if first.startswith(_GZIP_MAGIC) else pieces
+
+
+def decompress_from(checkpoint: Checkpoint, pieces: Iterator[bytes], block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """The decompressed bytes from a checkpoint on, in blocks of at most `block_bytes`, to the end of the pieces.
+
+    The pieces begin with the byte in which the checkpoint's first bit is.  Raises ContentCorrupt for what is not compressed; that it
+    is the right content is for the taker to check.
+    """
+    if not checkpoint.window:
+        first, pieces = _peek(pieces)
+        if is_zstd(first):
+            return unzstd_from(pieces, block_bytes)
+    return inflate_from(checkpoint, pieces, block_bytes)
+
+
+def _peek(pieces: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """Enough of the first bytes to know their format by, and all of them again."""
+    first = next(pieces, b"")
+    while 0 < len(first) < len(MAGIC) and (more := next(pieces, b"")):
+        first += more
+    return first, itertools.chain([first], pieces)
 
 
 class LayerStream:

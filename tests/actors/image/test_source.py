@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
@@ -48,6 +49,9 @@ FILES = {
 }
 PLAIN = {"plain/a": noise(3 * MIB + 5, 2), "plain/b": prose(700, 3), "plain/c": noise(2 * MIB, 4)}
 
+FRAMES = {"z/a": prose(3 * MIB + 9, 7), "z/b": noise(2 * MIB + 11, 8), "z/c": prose(900, 9)}
+FRAME = {"y/a": noise(MIB + 13, 10), "y/b": prose(2 * MIB + 15, 11)}
+
 
 def layer(files: dict[str, bytes]) -> bytes:
     return tar(*(member(name, content) for name, content in files.items()))
@@ -61,11 +65,13 @@ def proxy(registry: RunningRegistry) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="module")
 def pushed(registry: RunningRegistry) -> Repository:
-    """A layer in one gzip member, one that is plain, one in many members, and one with a sparse file in it."""
+    """A layer in one gzip member, one that is plain, one in many members, one with a sparse file in it, and zstd in many frames and one."""
     repository = registry.repository("lazysource")
-    layers = [layer(FILES), layer(PLAIN), layer({"m/big": prose(4 * MIB, 5)}), sparse_layer()]
+    layers = [layer(FILES), layer(PLAIN), layer({"m/big": prose(4 * MIB, 5)}), sparse_layer(), layer(FRAMES), layer(FRAME)]
     members = b"".join(gzip.compress(layers[2][at : at + 300_000], 6, mtime=0) for at in range(0, len(layers[2]), 300_000))
     blobs = [gzip.compress(layers[0], 6, mtime=0), layers[1], members, gzip.compress(layers[3], 6, mtime=0)]
+    blobs.append(b"".join(zstd.compress(layers[4][at : at + 70_000]) for at in range(0, len(layers[4]), 70_000)))
+    blobs.append(zstd.compress(layers[5]))
     repository.push(*layers, blobs=blobs)
     return repository
 
@@ -99,7 +105,7 @@ def sparse_content() -> bytes:
     return bytes(content)
 
 
-CONTENTS = [*FILES.values(), *PLAIN.values(), prose(4 * MIB, 5), sparse_content()]
+CONTENTS = [*FILES.values(), *PLAIN.values(), prose(4 * MIB, 5), sparse_content(), *FRAMES.values(), *FRAME.values()]
 assert len({len(content) for content in CONTENTS}) == len(CONTENTS)  # a size tells which it is
 
 
