@@ -4,7 +4,7 @@
     layers        of each: compressed and decompressed size, its checkpoints, its objects
     checkpoints   of each: bit of the compressed layer, byte of the decompressed one, place and length of its window
     order         the objects (indexes into the object table) by layer and offset
-    windows       each compressed (zlib)
+    windows       each compressed (zlib), behind the header of the block in whose middle its checkpoint stands, if any
 
 Numbers are little-endian.  A layer without checkpoints is not compressed: it is read as it is, in *spans* of SPAN_BYTES.  Otherwise a span
 reaches from one checkpoint to the next.  Spans are what is fetched; a server maps the section and reads of it what it needs.
@@ -29,7 +29,8 @@ from actors.lazytree.table import ObjectTable, Row, map_section
 
 _HEAD = struct.Struct("<II")
 _LAYER = struct.Struct("<QQIIII")  # compressed, decompressed bytes; first checkpoint, how many; first in order, how many
-_CHECKPOINT = struct.Struct("<QQQI4x")  # bits, offset; place of the window, its length
+# Bits, offset; place and length of what is in the windows' part; how much of that, inflated, is header, and the header's bit.
+_CHECKPOINT = struct.Struct("<QQQIHBx")
 _INDEX = struct.Struct("<I")
 _WINDOW_LEVEL = 3  # 11.8 KB a window of Debian's libraries, at 3 % of the time to inflate; level 6 saves 3 % more and costs 5
 
@@ -74,9 +75,11 @@ class Checkpoints:
 
     def add(self, checkpoint: Checkpoint) -> None:
         """The next checkpoint of the layer that is being read."""
-        window = zlib_ng.compress(checkpoint.window, _WINDOW_LEVEL) if checkpoint.window else b""
+        header = checkpoint.header
+        window = zlib_ng.compress(header + checkpoint.window, _WINDOW_LEVEL) if checkpoint.window else b""
         self._windows.write(window)
-        self._records.append(_CHECKPOINT.pack(checkpoint.bits, checkpoint.offset, self._place, len(window)))
+        place = (self._place, len(window), len(header), checkpoint.header_bit)
+        self._records.append(_CHECKPOINT.pack(checkpoint.bits, checkpoint.offset, *place))
         self._place += len(window)
 
     def end_layer(self, compressed_bytes: int, size_bytes: int) -> None:
@@ -166,16 +169,16 @@ class Spans:
         begin, end = self.bounds(layer, first)[0], self.bounds(layer, last)[1]
         if not found.checkpoints:
             return Span(begin, end, begin, end, None)
-        bits, offset, place, length = self._record(found, first)
+        bits, offset, place, length, header, header_bit = self._record(found, first)
         stop = found.compressed_bytes
         if last + 1 < found.checkpoints:
             stop = (self._record(found, last + 1)[0] + 7) // 8
         compressed = self._map[self._windows + place : self._windows + place + length]
         try:
-            window = zlib.decompress(compressed) if length else b""
+            both = zlib.decompress(compressed) if length else b""
         except zlib.error as error:
             raise CorruptSpans(f"{self._path}: a window is damaged: {error}") from None
-        return Span(begin, end, bits // 8, stop, Checkpoint(bits, offset, window))
+        return Span(begin, end, bits // 8, stop, Checkpoint(bits, offset, both[header:], both[:header], header_bit))
 
     def objects(self, layer: int, begin: int, end: int) -> Iterator[tuple[int, Row, LayerContent]]:
         """The objects of which a byte lies between `begin` and `end` of the decompressed layer, by their offset; index, row, place."""
@@ -195,10 +198,10 @@ class Spans:
                 return
             yield index, row, content
 
-    def _record(self, layer: Layer, number: int) -> tuple[int, int, int, int]:
+    def _record(self, layer: Layer, number: int) -> tuple[int, int, int, int, int, int]:
         place = self._checkpoints + _CHECKPOINT.size * (layer.first_checkpoint + number)
-        bits, offset, window, length = _CHECKPOINT.unpack_from(self._map, place)
-        return bits, offset, window, length
+        record: tuple[int, int, int, int, int, int] = _CHECKPOINT.unpack_from(self._map, place)
+        return record
 
     def _object(self, position: int) -> tuple[int, Row, LayerContent]:
         index: int = _INDEX.unpack_from(self._map, self._order + _INDEX.size * position)[0]

@@ -1,7 +1,9 @@
 """gzip, decompressed in order with a checkpoint every so often, and again from any of them on.
 
 A checkpoint stands between two deflate blocks (RFC 1951), or in front of a gzip member (RFC 1952).  What a decompressor needs to go
-on there is where it stands, to the bit, and the last 32 KiB it has put out, which the next block may refer to.
+on there is where it stands, to the bit, and the last 32 KiB it has put out, which the next block may refer to.  Most compressors
+end a block after some ten thousand symbols, but some (zlib-ng at its fastest) make one of a whole layer: in a block that is too long
+a checkpoint stands between two symbols, and then the block's header, with its codes, is needed as well.
 
 zlib-ng does it, through its own interface (zlib-ng.h), which is zlib's with `zng_` in front: the standard library's zlib, and isal's,
 do not show block boundaries.  Measured on a layer of Debian's libraries, one core, MB/s of output: zlib 333, zlib-ng 590, with
@@ -20,14 +22,15 @@ from zlib_ng import zlib_ng
 from actors.image.errors import ContentCorrupt
 
 BLOCK_BYTES = 1 << 20  # of output at once, at most
-SPAN_BYTES = 1 << 20  # of output between two checkpoints, at least; a deflate block more at most
+SPAN_BYTES = 1 << 20  # of output between two checkpoints, at least; twice as much, and a symbol, at most
 WINDOW_BYTES = 32 << 10
+_HEADER_BYTES = 400  # of a block: 17 bits, 19 lengths of 3, 316 of 7 at most
 
 _RAW, _GZIP = -15, 31  # zlib's window bits: a bare deflate stream, a gzip member
 _TRAILER_BYTES = 8  # of a gzip member
-_NO_FLUSH, _BLOCK = 0, 5
+_NO_FLUSH, _BLOCK, _TREES = 0, 5, 6  # how far to go: as far as may be, to a block's end, to the end of its header
 _OK, _STREAM_END, _BUFFER_ERROR = 0, 1, -5
-_AT_BLOCK_END, _IN_LAST_BLOCK, _UNUSED_BITS = 128, 64, 7  # in data_type
+_AT_HEADER_END, _AT_BLOCK_END, _IN_LAST_BLOCK, _UNUSED_BITS = 256, 128, 64, 63  # in data_type
 
 _library = ctypes.CDLL(zlib_ng.__file__)
 
@@ -35,12 +38,15 @@ _library = ctypes.CDLL(zlib_ng.__file__)
 class Checkpoint(NamedTuple):
     """A place to start from: `bits` into the compressed layer, `offset` bytes into the decompressed one.
 
-    `window` is what was put out last; none where a gzip member begins.
+    `window` is what was put out last; none where a gzip member begins.  `header` is the beginning of the block in whose middle
+    it is, from bit `header_bit` of its first byte on; none between blocks.
     """
 
     bits: int
     offset: int
     window: bytes
+    header: bytes = b""
+    header_bit: int = 0
 
 
 class _State(ctypes.Structure):
@@ -76,6 +82,7 @@ for _name, _arguments in (
 ):
     _function = getattr(_library, f"zng_{_name}")
     _function.argtypes, _function.restype = _arguments, ctypes.c_int32
+_library.zng_inflateMark.argtypes, _library.zng_inflateMark.restype = (_stream,), ctypes.c_long
 
 
 class _Inflater:
@@ -85,7 +92,10 @@ class _Inflater:
         self.consumed = 0  # bytes of the pieces
         self.produced = 0  # bytes put out
         self._pieces = pieces
-        self._piece = b""  # what next_in points into
+        self._piece = self._before = b""  # what next_in points into, and the last byte before it
+        self._idle_runs = 0
+        self._header = bytearray()  # the first bytes of the block that is being read
+        self._header_bit = 0
         self._fed = 0
         self._is_full = False  # the last run has used all of its room: there may be more to come of the same input
         self._state = _State()
@@ -121,7 +131,10 @@ class _Inflater:
         return True
 
     def _give(self, piece: bytes) -> None:
+        self._before = self._piece[-1:]
         self._piece = piece  # kept alive while it is pointed into
+        if len(self._header) < _HEADER_BYTES:
+            self._header += piece[: _HEADER_BYTES - len(self._header)]
         self._state.next_in = ctypes.cast(ctypes.c_char_p(piece), ctypes.c_void_p).value
         self._state.avail_in = len(piece)
         self._fed += len(piece)
@@ -131,13 +144,25 @@ class _Inflater:
         state = self._state
         state.avail_out = room
         code = _library.zng_inflate(self._by_reference, flush)
-        if code not in (_OK, _STREAM_END, _BUFFER_ERROR) or (code == _BUFFER_ERROR and state.avail_in and room):
+        # "No progress" may be a step within bits that it held already: the end of a block, or of a header.  Twice is too often.
+        self._idle_runs = self._idle_runs + 1 if code == _BUFFER_ERROR and state.avail_in else 0
+        if code not in (_OK, _STREAM_END, _BUFFER_ERROR) or self._idle_runs > 1:
             raise ContentCorrupt(f"a layer is not whole gzip: {(state.msg or b'it is damaged').decode()}")
         self.waiting += room - state.avail_out
         self.produced += room - state.avail_out
         self._is_full = not state.avail_out
         self.consumed = self._fed - state.avail_in
+        if self.is_between_blocks:
+            self._begin_block()
         return bool(code == _STREAM_END)
+
+    def _begin_block(self) -> None:
+        here = len(self._piece) - self._state.avail_in
+        unused_bits = self._state.data_type & _UNUSED_BITS
+        self._header_bit = -unused_bits & 7
+        first = self._before if unused_bits and not here else b""
+        begin = here - (1 if unused_bits and here else 0)
+        self._header = bytearray(first + self._piece[begin : begin + _HEADER_BYTES])
 
     def take(self) -> bytes:
         """All output that waits."""
@@ -149,6 +174,20 @@ class _Inflater:
     def is_between_blocks(self) -> bool:
         """Whether the next bit begins a block, another one than the stream's first."""
         return bool(self._state.data_type & _AT_BLOCK_END) and not self._state.data_type & _IN_LAST_BLOCK
+
+    @property
+    def is_between_symbols(self) -> bool:
+        """Whether what was put out ends with a symbol of a block's, after a run that had little room."""
+        mark: int = _library.zng_inflateMark(self._by_reference)
+        return self._is_full and mark >= 0 and not mark & 0xFFFF
+
+    def checkpoint(self) -> Checkpoint:
+        """The one that stands here, between blocks or symbols."""
+        if self.is_between_blocks:
+            return Checkpoint(self.position_bits, self.produced, self.window())
+        ahead_bits = _library.zng_inflateMark(self._by_reference) >> 16  # of the next symbol, which it has read
+        header = bytes(self._header)
+        return Checkpoint(self.position_bits - ahead_bits, self.produced, self.window(), header, self._header_bit)
 
     @property
     def position_bits(self) -> int:
@@ -187,12 +226,23 @@ class _Inflater:
         return False
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Stand at a checkpoint between blocks, in whose byte the pieces begin."""
+        """Stand at a checkpoint within a member, in whose byte the pieces begin.  Raises ContentCorrupt."""
         _library.zng_inflateSetDictionary(self._by_reference, checkpoint.window, len(checkpoint.window))
-        if used_bits := checkpoint.bits & 7:
-            if not self._get_input():
-                return
-            _library.zng_inflatePrime(self._by_reference, 8 - used_bits, self._piece[0] >> used_bits)
+        if checkpoint.header:
+            pieces, self._pieces = self._pieces, iter([checkpoint.header])
+            self._begin_at(checkpoint.header_bit)
+            self._get_input()
+            self.run(_TREES, self.room)
+            if not self._state.data_type & _AT_HEADER_END:
+                raise ContentCorrupt("a checkpoint's block has no header")
+            _library.zng_inflatePrime(self._by_reference, -1, 0)  # forget what follows it
+            self._state.avail_in, self._pieces = 0, pieces
+        self._begin_at(checkpoint.bits & 7)
+
+    def _begin_at(self, bit: int) -> None:
+        """Begin with that bit of the next byte."""
+        if bit and self._get_input():
+            _library.zng_inflatePrime(self._by_reference, 8 - bit, self._piece[0] >> bit)
             self.skip(1)
 
 
@@ -208,19 +258,25 @@ def inflate(pieces: Iterator[bytes], checkpoint: Callable[[Checkpoint], None], s
         while True:
             if not inflater.feed():
                 raise ContentCorrupt("a layer's gzip ends in the middle")
-            ahead = last + span_bytes - inflater.produced
-            ended = inflater.run(_NO_FLUSH, min(inflater.room, ahead)) if ahead > 0 else inflater.run(_BLOCK, inflater.room)
+            done = inflater.produced - last
+            if done < span_bytes:
+                ended = inflater.run(_BLOCK, min(inflater.room, span_bytes - done))
+            elif done < 2 * span_bytes:
+                ended = inflater.run(_BLOCK, min(inflater.room, 2 * span_bytes - done))
+            else:
+                ended = inflater.run(_BLOCK, 1)
+            done = inflater.produced - last
             if ended:
                 if inflater.waiting:
                     yield inflater.take()
                 if not inflater.next_member():
                     return
-                if inflater.produced - last >= span_bytes:
+                if done >= span_bytes:
                     last = inflater.produced
                     checkpoint(Checkpoint(8 * inflater.consumed, last, b""))
-            elif ahead <= 0 and inflater.is_between_blocks:
+            elif (done >= span_bytes and inflater.is_between_blocks) or (done > 2 * span_bytes and inflater.is_between_symbols):
                 last = inflater.produced
-                checkpoint(Checkpoint(inflater.position_bits, last, inflater.window()))
+                checkpoint(inflater.checkpoint())
             if not inflater.room:
                 yield inflater.take()
     finally:

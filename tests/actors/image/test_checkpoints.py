@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from zlib_ng import zlib_ng
 
 from actors.image.checkpoints import Checkpoints, CorruptSpans, Spans
 from actors.image.content import LayerContent
@@ -78,9 +79,9 @@ def test_from_any_checkpoint_come_the_bytes_that_stand_there(data: some.DataObje
     for member, inside in data.draw(some.lists(members(), min_size=1, max_size=4)):
         packed, content = packed + member, content + inside
     packed += bytes(data.draw(some.integers(0, 600)))
-    found, whole = checkpoints_of(packed, data.draw(some.integers(1, 50_000)), data.draw(some.integers(1, 9000)))
+    found, whole = checkpoints_of(packed, data.draw(some.integers(1000, 50_000)), data.draw(some.integers(1, 9000)))
     assert whole == content
-    assert found[0] == (0, 0, b"")
+    assert found[0] == Checkpoint(0, 0, b"")
     assert found == sorted(set(found))
     size, block = data.draw(some.integers(1, 9000)), data.draw(some.integers(1, 9000))
     for checkpoint, following in zip(found, [*found[1:], None], strict=True):
@@ -100,6 +101,31 @@ def test_spans_are_little_longer_than_a_mebibyte() -> None:
     lengths = [following.offset - checkpoint.offset for checkpoint, following in itertools.pairwise(found)]
     assert min(lengths) >= SPAN_BYTES
     assert max(lengths) < SPAN_BYTES + 200_000
+
+
+@pytest.mark.parametrize(
+    "content", [text(7 * MIB), random.Random(3).randbytes(7 * MIB), bytes(7 * MIB)], ids=["text", "noise", "zeros"]
+)
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_compressor_that_makes_one_block_of_everything(content: bytes, level: int) -> None:
+    found, whole = checkpoints_of(zlib_ng.compress(content, level, 31))
+    assert whole == content
+    assert max(following.offset - checkpoint.offset for checkpoint, following in itertools.pairwise(found)) <= 2 * MIB + 259
+
+
+def test_checkpoints_in_the_middle_of_a_block() -> None:
+    """Of every kind of block that can be long, between literals and behind matches."""
+    content = text(100_000) + bytes(50_000) + random.Random(3).randbytes(50_000)
+    for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FIXED, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE):
+        packer = zlib.compressobj(6, zlib.DEFLATED, 31, 9, strategy)
+        packed = packer.compress(content) + packer.flush()
+        for size in (100, 1000, 256 << 10):
+            found, whole = checkpoints_of(packed, 500, size)
+            assert whole == content
+            assert sum(1 for checkpoint in found if checkpoint.header) > 50
+            for checkpoint in found[::5]:
+                read = b"".join(inflate_from(checkpoint, pieces(packed, size, checkpoint.bits // 8)))
+                assert read == content[checkpoint.offset :]
 
 
 def test_damage_is_noticed_in_order_and_is_harmless_from_a_checkpoint() -> None:
