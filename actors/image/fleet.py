@@ -46,8 +46,8 @@ PART_BYTES = 16 << 20  # of a multipart upload (S3 wants at least 5 MiB), and of
 CONNECTIONS = 4
 CLIENT = {
     "connect_timeout": 5,
-    "read_timeout": 20,
-    "retries": {"mode": "standard", "total_max_attempts": 3},
+    "read_timeout": 8,  # so that a bucket that hangs delays the first task of an image by no more than twice this
+    "retries": {"mode": "standard", "total_max_attempts": 2},
     # Archives have a checksum of their own; and what S3 itself likes, others do not understand.
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
@@ -146,10 +146,14 @@ class SharedArchive:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if self._look() is not None:
-                return False
-            if size <= PART_BYTES:
-                return self._ask(self._s3.put_object, Key=self._key, Body=file, IfNoneMatch="*") is not None
-            return self._push_parts(file, size)
+                put = False
+            elif size <= PART_BYTES:
+                put = self._ask(self._s3.put_object, Key=self._key, Body=file, IfNoneMatch="*") is not None
+            else:
+                put = self._push_parts(file, size)
+        if not self._lease_etag:  # that of a builder which was killed; nobody needs one for an archive that is there
+            self._ask(self._s3.delete_object, Key=self._lease_key)
+        return put
 
     def close(self) -> None:
         """Give back the lease, if it is ours.  What goes wrong is mended by the lease's end."""
