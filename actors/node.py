@@ -16,6 +16,7 @@ again and gives it what it held.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -72,6 +73,7 @@ def main(argv_of: Callable[..., list[str]]) -> int:
     logger.add(
         sys.stderr, format="{time:YYYY-MM-DDTHH:mm:ss.SSS} {level} {message}", level="INFO", backtrace=False, diagnose=False
     )
+    faulthandler.enable()  # SIGABRT, which the keeper sends to a root supervisor that hangs, tells where
     asked_to_end = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked_to_end.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is for the keeper
@@ -81,7 +83,10 @@ def main(argv_of: Callable[..., list[str]]) -> int:
     if not lock.acquire():
         return 1  # another one lives; the keeper finds it by this lock
     try:
-        services = gather(settings, layout, argv_of("stand-in", str(settings.daemon.drain_timeout_s)))
+        watcher = Watcher()
+        watcher.every_beat(lock.beat)
+        watcher.start()
+        services = gather(settings, layout, argv_of("stand-in", str(settings.daemon.drain_timeout_s)), watcher)
     except SchemaTooNew as error:
         logger.error("{}", error)
         return EXIT_REFUSES
@@ -102,7 +107,7 @@ def main(argv_of: Callable[..., list[str]]) -> int:
     return 0
 
 
-def gather(settings: Settings, layout: Layout, stand_in_argv: list[str]) -> Services:
+def gather(settings: Settings, layout: Layout, stand_in_argv: list[str], watcher: Watcher) -> Services:
     """Everything that the actors share.  Raises SchemaTooNew, OSError."""
     for directory in (
         layout.state,
@@ -113,8 +118,6 @@ def gather(settings: Settings, layout: Layout, stand_in_argv: list[str]) -> Serv
         layout.runtimes,
     ):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    watcher = Watcher()
-    watcher.start()
     descriptors = Descriptors(layout.run / "keeper.sock", stand_in_argv, watcher)
     descriptors.connect()
     reserve = Reserve(layout.reserve, RESERVE_BYTES)

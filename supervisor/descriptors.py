@@ -34,8 +34,12 @@ from supervisor.keeping import (
     State,
     Welcome,
     Yielded,
+    lock_beside,
 )
+from supervisor.lockfile import sign_of
 from supervisor.orders import Orders, Standing
+from supervisor.pidfd import open_pidfd, signal_process
+from supervisor.pulse import Pulse
 from supervisor.sockets import connect_to
 from supervisor.watch import Watcher
 
@@ -63,12 +67,15 @@ class Descriptors:
         self._listeners: dict[str, Callable[[], None]] = {}
         self._complete = False  # everything that the first keeper held is here, and what this process says counts
         self._keeper: Channel | None = None
+        self._keeper_pidfd = -1
+        self._pulse: Pulse | None = None  # the keeper's
         self._yielded = False
         self.welcome = Welcome(0, False, False)
 
     def connect(self) -> None:
-        """Find the keeper and take what it holds.  Raises KeeperLost, OSError."""
+        """Find the keeper, take what it holds, and look after it from now on.  Raises KeeperLost, OSError."""
         self._connect()
+        self._watcher.every_beat(self._look)
 
     def keep(self, descriptors: Mapping[str, int], data: Mapping[str, bytes] | None = None) -> None:
         """Hold the descriptors, which now belong to this object; one with the same name is closed and replaced.
@@ -155,8 +162,12 @@ class Descriptors:
         except (ChannelClosed, ChannelTimeout, FrameError) as error:
             channel.close()
             raise KeeperLost(f"the keeper on {self._path} does not hand over: {str(error) or type(error).__name__}") from None
+        pidfd = open_pidfd(self.welcome.pid)
         with self._lock:
             self._keeper = channel
+            if self._keeper_pidfd >= 0:
+                os.close(self._keeper_pidfd)
+            self._keeper_pidfd, self._pulse = pidfd, Pulse(self.welcome.pid, time.monotonic())
             # All of it, and not only what is missing there: while one took another's place, some of it was replaced or dropped.
             self._send_all(name for name in self._held.names() if complete or name not in theirs)
             self._send_drop([name for name in theirs if name not in self._held])
@@ -244,6 +255,16 @@ class Descriptors:
             changed()
         # Not in the watcher's thread, which must not wait for a new keeper.
         threading.Thread(target=self._find_again, name="keeper lost", daemon=True).start()
+
+    def _look(self) -> None:
+        """End a keeper that hangs; its channel then closes, and what follows is the same as if it had been killed."""
+        with self._lock:
+            if self._keeper is None or self._pulse is None:
+                return
+            number = self._pulse.look(sign_of(lock_beside(self._path)), time.monotonic())
+            if number is not None:
+                logger.warning("the keeper hangs; it is ended")
+                signal_process(self._keeper_pidfd, number)
 
     def _find_again(self) -> None:
         for pause_s in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):

@@ -7,13 +7,15 @@ same path; who asks in between waits for it there (`isolation`).
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import os
 import selectors
 import signal
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,13 +26,18 @@ from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.forkprotocol import REQUESTS, Fork, Forked, ForkFailed
 from supervisor.frames import FrameError, Message
 from supervisor.lockfile import LockFile
+from supervisor.pulse import BEAT_S
 from supervisor.sockets import listen_at
 
 
 class ForkServer:
-    """Serves fork requests on `listener` until SIGTERM.  `packages`: an entry must be in one of them."""
+    """Serves fork requests on `listener` until SIGTERM.  `packages`: an entry must be in one of them.
 
-    def __init__(self, listener: socket.socket, packages: Sequence[str]) -> None:
+    `beat` is called every `pulse.BEAT_S`.
+    """
+
+    def __init__(self, listener: socket.socket, packages: Sequence[str], beat: Callable[[], None]) -> None:
+        self._beat = beat
         self._listener = listener
         self._packages = tuple(packages)
         self._context = multiprocess.get_context("fork")
@@ -48,8 +55,12 @@ class ForkServer:
         signal.signal(signal.SIGTERM, self._stop)
         self._selector.register(wake_end, selectors.EVENT_READ)
         self._selector.register(self._listener, selectors.EVENT_READ)
+        beat_s = 0.0
         while not self._stopping:
-            for key, _ in self._selector.select():
+            if time.monotonic() >= beat_s:
+                beat_s = time.monotonic() + BEAT_S
+                self._beat()
+            for key, _ in self._selector.select(max(0.0, beat_s - time.monotonic())):
                 if key.fileobj is wake_end:
                     wake_end.recv(4096)
                     multiprocess.active_children()  # reaps what ended; this process is the only one that waits for them
@@ -128,12 +139,15 @@ def main(path: Path, lock: Path, preload: Sequence[str]) -> NoReturn:
     """Serve on a socket at `path`; `preload` are the modules that hold the entries."""
     name_process("fork server")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # before anybody can find it: a terminal's ^C is for the keeper
-    if not LockFile(lock).acquire():
+    faulthandler.enable()  # SIGABRT, which the keeper sends to a fork server that hangs, tells where
+    place = LockFile(lock)
+    if not place.acquire():
         os._exit(0)  # another one lives, and the keeper finds it by this lock
     for module in preload:
         importlib.import_module(module)
     # Collected now and frozen, so that no collection in a child touches, and so copies, the pages shared with us.
     gc.collect()
     gc.freeze()
-    ForkServer(listen_at(path, socket.SOCK_SEQPACKET), sorted({module.split(".")[0] for module in preload})).run()
+    packages = sorted({module.split(".")[0] for module in preload})
+    ForkServer(listen_at(path, socket.SOCK_SEQPACKET), packages, place.beat).run()
     os._exit(0)  # not sys.exit: multiprocess would wait for the children, which are to outlive this process

@@ -4,7 +4,8 @@ It is small on purpose (the standard library and the frames), for nothing restar
 
 - holds descriptors for the root supervisor, by name, with a little data beside each: what must survive that one's death;
 - replaces the processes under a standing order as soon as they end or hang (`replacing`);
-- starts the root supervisor and the fork server, and starts them again, with a growing pause, for as long as it lives;
+- starts the root supervisor and the fork server, and starts them again, with a growing pause, for as long as it lives; one whose
+  pulse stops (`pulse`) it ends;
 - is a child subreaper, and reaps what is orphaned below it;
 - on SIGTERM tells the root supervisor to drain, and ends when that has ended with success.
 
@@ -17,6 +18,7 @@ how a new version of the program comes in while tasks run.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import resource
 import selectors
@@ -47,10 +49,12 @@ from supervisor.keeping import (
     Welcome,
     Yield,
     Yielded,
+    lock_beside,
 )
-from supervisor.lockfile import LockFile
+from supervisor.lockfile import LockFile, evict, sign_of
 from supervisor.parts import Part, how
 from supervisor.pidfd import open_pidfd, set_child_subreaper
+from supervisor.pulse import BEAT_S, LOOK_S
 from supervisor.replacing import Replacing
 from supervisor.sockets import connect_to, listen_at
 
@@ -77,6 +81,10 @@ class Plan:
         return self.directory / "keeper.sock"
 
     @property
+    def lock(self) -> Path:
+        return lock_beside(self.socket)
+
+    @property
     def fork_server_socket(self) -> Path:
         return self.directory / "forkserver.sock"
 
@@ -84,8 +92,9 @@ class Plan:
 class Keeper:
     """One keeper.  Its whole life is `run`."""
 
-    def __init__(self, plan: Plan, stand_in: bool, renew: bool = False) -> None:
+    def __init__(self, plan: Plan, lock: LockFile, stand_in: bool, renew: bool = False) -> None:
         self._plan = plan
+        self._lock = lock
         self._stand_in = stand_in
         self._renew = renew
         self._held = Held()
@@ -96,6 +105,7 @@ class Keeper:
         self._replacing = Replacing(
             self._selector, self._held, plan.fork_server_socket, self._tell_root, self._kill_fork_server, say
         )
+        self._look_s = self._beat_s = 0.0
         self._told_to_drain = False
         self._draining = False
         self._drain_deadline = 0.0
@@ -118,6 +128,7 @@ class Keeper:
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
         while self._exit_code is None:
             self._start_what_is_due()
+            self._look_and_beat()
             self._replacing.work()
             for key, _ in self._selector.select(self._pause_s()):
                 # Not forgotten by what an earlier event of this round did; nor has another one its number by now.
@@ -146,14 +157,26 @@ class Keeper:
             self._drain_deadline = now + self._plan.drain_timeout_s
             self._root.signal(signal.SIGKILL)
 
-    def _pause_s(self) -> float | None:
-        """How long nothing is due, in seconds; None: for ever."""
+    def _look_and_beat(self) -> None:
+        now = time.monotonic()
+        if now >= self._beat_s:
+            self._beat_s = now + BEAT_S
+            self._lock.beat()
+        if now >= self._look_s:
+            self._look_s = now + LOOK_S
+            for part in self._parts:
+                if part.look(now):
+                    say(f"{part.name} (pid {part.pid}) hangs; it is ended")
+
+    def _pause_s(self) -> float:
+        """How long nothing is due, in seconds."""
         moments = [part.due_s for part in self._parts if not part.running]
+        moments += [self._beat_s, self._look_s]
         if self._draining:
             moments.append(self._drain_deadline)
         if (due_s := self._replacing.due_s()) is not None:
             moments.append(due_s)
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
+        return max(0.0, min(moments) - time.monotonic())
 
     def _part_ended(self, part: Part) -> None:
         self._selector.unregister(part.pidfd)
@@ -305,9 +328,10 @@ def run_keeper(plan: Plan, take_over: bool = False, stand_in: bool = False) -> i
     `stand_in`: the tree starts this process in place of a dead keeper.
     """
     name_process("keeper")
+    faulthandler.enable()  # SIGABRT, which the root supervisor sends to a keeper that hangs, tells where
     raise_descriptor_limit()
     plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = LockFile(plan.directory / "keeper.lock")
+    lock = LockFile(plan.lock)
     taken: list[tuple[Kept | Stand, list[int]]] = []
     if stand_in:
         if not lock.acquire():
@@ -318,7 +342,7 @@ def run_keeper(plan: Plan, take_over: bool = False, stand_in: bool = False) -> i
         except AlreadyRunning as error:
             say(str(error))
             return EXIT_RUNNING
-    keeper = Keeper(plan, stand_in, renew=take_over)
+    keeper = Keeper(plan, lock, stand_in, renew=take_over)
     for kept, descriptors in taken:
         keeper.take(kept, descriptors)
     return keeper.run()
@@ -334,6 +358,7 @@ def take_place(plan: Plan, lock: LockFile, take_over: bool) -> list[tuple[Kept |
     Raises AlreadyRunning.
     """
     deadline = time.monotonic() + TAKE_S
+    sign = sign_of(plan.lock)
     while not lock.acquire():
         pid = lock.holder()
         taken = _ask_for_place(plan, pid, take_over, deadline)
@@ -341,6 +366,10 @@ def take_place(plan: Plan, lock: LockFile, take_over: bool) -> list[tuple[Kept |
             lock.acquire(wait=True)  # the other one has said its last word and ends
             return taken
         if pid and time.monotonic() > deadline:
+            if sign.beats and sign_of(plan.lock) == sign:
+                say(f"the keeper, pid {pid}, hangs; it is killed")
+                evict(plan.lock)
+                continue
             raise AlreadyRunning(f"already running, pid {pid}, but it does not answer on {plan.socket}: end it first")
     return []
 

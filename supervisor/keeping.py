@@ -10,7 +10,14 @@ to the keeper when the root supervisor has started one, to the root supervisor w
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from supervisor.frames import Codec, Message
+
+
+def lock_beside(keeper_socket: Path) -> Path:
+    """The lock that a keeper holds and beats, by where it listens."""
+    return keeper_socket.with_name("keeper.lock")
 
 
 class Hello(Message, frozen=True):

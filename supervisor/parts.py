@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from supervisor.lockfile import holder_of
+from supervisor.lockfile import holder_of, sign_of
 from supervisor.pidfd import open_pidfd, signal_process, wait_status
+from supervisor.pulse import Pulse
 from supervisor.restarts import Backoff
 
 BACKOFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th restart in a row of a part that did not live for RESET_S
@@ -21,7 +22,7 @@ RESET_S = 10.0
 class Part:
     """A process that the keeper starts, and starts again; or that another keeper started and this one found.
 
-    Each holds the lock at `lock` while it lives, which is how it is found and why there are never two.
+    Each holds the lock at `lock` while it lives, which is how it is found and why there are never two; and beats it.
     """
 
     def __init__(self, name: str, lock: Path, argv: Sequence[str]) -> None:
@@ -53,7 +54,15 @@ class Part:
             raise
         self.pid = pid
         self.restarts += 1
+        self._pulse = Pulse(pid, now)
         return found
+
+    def look(self, now_s: float) -> bool:
+        """See to it that it ends when it hangs; to be called every `pulse.LOOK_S` → whether it was found to."""
+        number = self._pulse.look(sign_of(self._lock), now_s) if self.running else None
+        if number is not None:
+            self.signal(number)
+        return number is not None
 
     def ended(self) -> int | None:
         """Note that it has ended, and when to start it again → its exit code (negative: a signal) if anybody can know it."""

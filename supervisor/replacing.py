@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 import selectors
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +27,10 @@ from supervisor.lockfile import sign_of
 from supervisor.orders import Orders, Standing
 from supervisor.parts import how
 from supervisor.pidfd import pid_of, signal_process, wait_status
+from supervisor.pulse import LOOK_S, Pulse
 
 PAUSES_S = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # before the n-th process in a row that has not beaten once
 ANSWER_S = 2.0  # a fork server that has not answered by then hangs
-LOOK_S = 0.25  # between two looks at the beats
-LOOK_AGAIN_S = 0.2  # perhaps it was the keeper that did not run
-DUMP_S = 0.2  # between SIGABRT, at which a process says where it hangs, and SIGKILL
 
 
 class _Asked:
@@ -64,25 +61,14 @@ class _Post:
         self.due_s: float | None = None  # when to ask for the next one, once it has ended
         self.asked: _Asked | None = None
         self.unserved = False  # there was no fork server to ask
-        self.sign = sign_of(Path(standing.order.lock))
-        self.sign_s = now_s
-        self.suspected_s = 0.0
-        self.aborted_s = 0.0
+        silence_s = standing.order.silence_s
+        self.pulse = Pulse(self.pid, now_s, silence_s, begin_s=silence_s)  # who reads waits for its first beat as for any other
 
     def look(self, now_s: float) -> None:
         """Has its event loop turned?  If not for too long, it is told to say where it is, and then killed."""
-        sign = sign_of(Path(self.standing.order.lock))
-        if sign != self.sign:
-            self.sign, self.sign_s, self.suspected_s = sign, now_s, 0.0
-        elif self.aborted_s:
-            if now_s - self.aborted_s >= DUMP_S:
-                signal_process(self.standing.pidfd, signal.SIGKILL)
-        elif now_s - self.sign_s >= self.standing.order.silence_s:
-            if not self.suspected_s:
-                self.suspected_s = now_s
-            elif now_s - self.suspected_s >= LOOK_AGAIN_S:
-                self.aborted_s = now_s
-                signal_process(self.standing.pidfd, signal.SIGABRT)  # faulthandler writes to the daemon's log where it is
+        number = self.pulse.look(sign_of(Path(self.standing.order.lock)), now_s)
+        if number is not None:
+            signal_process(self.standing.pidfd, number)
 
 
 class Replacing:

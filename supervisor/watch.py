@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from loguru import logger
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import FrameError
 from supervisor.pidfd import has_ended
+from supervisor.pulse import BEAT_S
 
 ROUND_MAX = 64  # messages taken from one channel before the others have their turn
 
@@ -27,6 +29,7 @@ class Watcher:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._ready: dict[int, Callable[[], None]] = {}
+        self._every_beat: list[Callable[[], None]] = []
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -82,6 +85,10 @@ class Watcher:
         if channel.fileno() in self._ready:
             self._take(channel, arrived, None)
 
+    def every_beat(self, function: Callable[[], None]) -> None:
+        """Call `function` every `pulse.BEAT_S`, for as long as this thread goes round: that is what shows that it does."""
+        self._every_beat.append(function)
+
     def forget(self, descriptor: int) -> bool:
         """Watch it no longer → whether it was.  To be called before the descriptor is closed."""
         watched = self._ready.pop(descriptor, None) is not None
@@ -114,15 +121,25 @@ class Watcher:
         return False
 
     def _run(self) -> None:
+        beat_s = 0.0
         while True:
-            for descriptor, _ in self._epoll.poll():
-                if self._stopping:
-                    return
+            events = self._epoll.poll(max(0.0, beat_s - time.monotonic()))
+            if self._stopping:
+                return
+            if time.monotonic() >= beat_s:
+                beat_s = time.monotonic() + BEAT_S
+                for beat in self._every_beat:
+                    self._call(beat)
+            for descriptor, _ in events:
                 # Gone when it was forgotten after this round of events was collected.
                 ready = self._ready.get(descriptor)
                 if ready is None:
                     continue
-                try:
-                    ready()
-                except Exception:  # noqa: BLE001 (one listener's fault must not deafen all the others)
-                    logger.exception("a watcher's listener failed")
+                self._call(ready)
+
+    @staticmethod
+    def _call(function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception:  # noqa: BLE001 (one listener's fault must not deafen all the others)
+            logger.exception("a watcher's listener failed")

@@ -187,6 +187,10 @@ def delete(container: Container, timeout_s: float, force: bool = False) -> None:
 def state(container: Container, timeout_s: float) -> State | None:
     """What the runtime knows of the container; None when nothing.  Raises ContainerError when it does not answer."""
     done = _run(container, ["state", container.id], timeout_s)
+    if done.returncode < 0:
+        raise ContainerError(
+            f"{container.runtime.name} does not tell the state of {container.id}: {done.stderr or 'it was killed'}"
+        )
     if done.returncode:
         return None
     answer = json.loads(done.stdout)
@@ -352,7 +356,9 @@ def _run(container: Container, arguments: Sequence[str], timeout_s: float) -> su
             pass_fds=runtime.descriptors,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:  # it was killed then
+        return subprocess.CompletedProcess(arguments, -signal.SIGKILL, "", f"it had not ended within {timeout_s:g} s")
+    except OSError as error:
         raise ContainerError(f"{runtime.name} {arguments[0]} of the container {container.id} failed: {error}") from None
 
 

@@ -34,7 +34,6 @@ PAUSE_S = 0.3  # between two strikes, at most
 AIM_S = 1.0  # how long a runtime may take to be called at the verb at which it is to die
 HANG_SHARE, PAIR_SHARE, WAIT_SHARE = 0.1, 0.25, 0.3
 BUILDER_SHARE = 0.25
-HUNG = ("conmon", "image mount", "workspace mount", "image builder", "output mover", "syncer")
 TASK_S = 180.0  # that a task may take in all of it
 # Those that nothing else can be said of than that they must be there again; the others live as long as their task or image.
 RETURNING = ("keeper", victims.ROOT, "fork server", "output mover", "syncer")
@@ -173,7 +172,7 @@ class Storm:
         for kind in kinds:
             if struck:
                 time.sleep(self._chance.uniform(0.0, PAIR_S))
-            fault: Fault = "hung" if kind in HUNG and self._chance.random() < HANG_SHARE else "killed"
+            fault: Fault = "hung" if self._chance.random() < HANG_SHARE else "killed"
             if self._hit(kind, fault):
                 struck.append(kind)
                 self.tally.strike(kind, fault, self._struck.words)

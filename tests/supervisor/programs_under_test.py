@@ -110,9 +110,12 @@ def root(directory: Path) -> int:
         code = int((directory / "exit").read_text())
         (directory / "exit").unlink()
         return code
-    if not LockFile(directory / "root.lock").acquire():
+    lock = LockFile(directory / "root.lock")
+    if not lock.acquire():
         return 1
     watcher = Watcher()
+    if (directory / "beats").exists():  # else it is never taken for hung, whatever a test does to it
+        watcher.every_beat(lock.beat)
     watcher.start()
     descriptors = Descriptors(directory / "keeper.sock", argv("stand-in", directory), watcher)
     descriptors.connect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from supervisor.channel import Channel, ChannelClosed
 from supervisor.isolation import Isolation
 from supervisor.keeper import EXIT_REFUSES, EXIT_RUNNING
 from supervisor.keeping import TO_KEEPER, Drop, Hello, Keep, Kept, KeptAll, Welcome
+from supervisor.lockfile import sign_of
 from supervisor.pidfd import pid_of
 from tests.supervisor.daemons_under_test import Daemon
 from tests.supervisor.descendants import ends, kill
@@ -171,11 +173,9 @@ def test_a_drain_that_takes_too_long_is_gone_on_with_by_another_root_supervisor(
 def test_a_root_supervisor_that_dies_while_it_drains_is_started_again_to_go_on_with_it(daemon: Daemon, tmp_path: Path) -> None:
     keeper = daemon.start()
     root = daemon.ask().pid
-    (tmp_path / "stubborn").touch()
     os.kill(root, signal.SIGSTOP)  # so that it is certainly killed before it could have drained
     keeper.terminate()
     kill(root)
-    (tmp_path / "stubborn").unlink(missing_ok=True)
     assert keeper.wait(10) == 0
     assert (tmp_path / "drained").exists()
 
@@ -295,3 +295,57 @@ def test_a_log_that_cannot_be_written_costs_nothing(daemon: Daemon, tmp_path: Pa
     kill(before.pid)  # of which the keeper writes a line
     after = daemon.ask()
     assert (after.keeper, after.texts) == (keeper.pid, {"a": "one"})
+
+
+# --- who hangs ---
+
+
+def test_a_root_supervisor_that_hangs_is_replaced(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "beats").touch()
+    daemon.start()
+    before = daemon.ask(Put({"a": "one"}))
+    wait_for_beat(tmp_path / "root.lock")
+    os.kill(before.pid, signal.SIGSTOP)
+    daemon.state(lambda state: state.root_restarts == 1)
+    after = daemon.ask()
+    assert (after.pid != before.pid, after.texts) == (True, {"a": "one"})
+    assert f"root supervisor (pid {before.pid}) hangs; it is ended" in daemon.log()
+
+
+def test_a_fork_server_that_hangs_is_replaced(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.start()
+    server = daemon.state(lambda state: state.fork_server_pid > 0).fork_server_pid
+    wait_for_beat(tmp_path / "forkserver.lock")
+    os.kill(server, signal.SIGSTOP)
+    daemon.state(lambda state: state.fork_server_pid not in (0, server))
+    assert f"fork server (pid {server}) hangs; it is ended" in daemon.log()
+
+
+def test_a_keeper_that_hangs_is_stood_in_for(daemon: Daemon, tmp_path: Path) -> None:
+    keeper = daemon.start()
+    root = daemon.ask(Put({"a": "one"})).pid
+    wait_for_beat(tmp_path / "keeper.lock")
+    os.kill(keeper.pid, signal.SIGSTOP)
+    assert keeper.wait(10) == -signal.SIGKILL
+    state = daemon.state(lambda state: state.names == ["a"])
+    assert (state.stand_in, daemon.ask().pid) == (True, root)
+
+
+def test_a_keeper_that_hangs_with_its_root_supervisor_is_taken_the_place_of(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "beats").touch()
+    first = daemon.start()
+    root = daemon.ask(Put({"a": "one"})).pid
+    for name in ("keeper.lock", "root.lock"):
+        wait_for_beat(tmp_path / name)
+    for pid in (first.pid, root):
+        os.kill(pid, signal.SIGSTOP)
+    second = daemon.start()
+    assert first.wait(30) == -signal.SIGKILL
+    daemon.state(lambda state: state.pid == second.pid and state.root_restarts == 1)
+    assert daemon.ask().pid != root
+
+
+def wait_for_beat(lock: Path) -> None:
+    deadline = time.monotonic() + 10
+    while not sign_of(lock).beats:
+        assert time.monotonic() < deadline

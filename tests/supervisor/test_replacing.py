@@ -12,7 +12,8 @@ import pytest
 from supervisor.keeping import Hello, Kept, KeptAll, Stand, StandingOrder, Welcome
 from supervisor.lockfile import sign_of
 from supervisor.pidfd import pid_of
-from supervisor.replacing import ANSWER_S, DUMP_S, LOOK_AGAIN_S, LOOK_S
+from supervisor.pulse import DUMP_S, LOOK_AGAIN_S, LOOK_S
+from supervisor.replacing import ANSWER_S
 from tests.supervisor.daemons_under_test import TIMEOUT_S, Daemon
 from tests.supervisor.descendants import ends, kill
 from tests.supervisor.programs_under_test import ENTRIES, Appoint, Discharge, Holds, Put

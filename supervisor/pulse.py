@@ -1,0 +1,57 @@
+"""Whether a process lives, or only exists: its event loop beats its lock file (`lockfile`), and who looks after it reads that.
+
+Pure: signs of life and moments in, signals to send out.  Who looks, and has the pidfd, sends them.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Final
+
+from supervisor.lockfile import Sign
+
+BEAT_S: Final = 0.5  # between two beats
+LOOK_S: Final = 0.25  # between two looks
+SILENCE_S: Final = 3.5  # a process that beats every BEAT_S, and has not for so long, hangs
+BEGIN_S: Final = 60.0  # one that has not beaten once may still be beginning: that takes long on a busy machine
+LOOK_AGAIN_S: Final = 0.2  # perhaps it was the one who looks that did not run
+LATE_S: Final = 2.0  # a look that comes so long after the one before says nothing
+DUMP_S: Final = 0.2  # between SIGABRT, at which a process says where it hangs, and SIGKILL
+
+
+class Pulse:
+    """The pulse of the process `pid`.
+
+    Without a beat for `silence_s` it hangs, and so it does when it has not beaten at all for `begin_s`.
+    """
+
+    def __init__(self, pid: int, now_s: float, silence_s: float = SILENCE_S, begin_s: float = BEGIN_S) -> None:
+        self._pid = pid
+        self._silence_s = silence_s
+        self._begin_s = begin_s
+        self._beats = 0
+        self._beat_s = self._look_s = now_s
+        self._suspected_s: float | None = None
+        self._aborted_s: float | None = None
+
+    def look(self, sign: Sign, now_s: float) -> signal.Signals | None:
+        """What to send it at `now_s`, on the monotonic clock, when `sign` is what its lock says; to be asked every LOOK_S or so.
+
+        SIGABRT: faulthandler writes to the daemon's log where every thread is.  Then SIGKILL.
+        """
+        late, self._look_s = now_s - self._look_s > LATE_S, now_s
+        beats = sign.beats if sign.pid == self._pid else 0  # else it is an earlier holder's, and the process only begins
+        if self._aborted_s is not None:
+            return signal.SIGKILL if now_s - self._aborted_s >= DUMP_S else None
+        if (
+            beats != self._beats or late
+        ):  # late: the machine slept, or the one who looks was stopped, and nobody else is to blame
+            self._beats, self._beat_s, self._suspected_s = beats, now_s, None
+        elif now_s - self._beat_s < (self._silence_s if beats else self._begin_s):
+            pass
+        elif self._suspected_s is None:
+            self._suspected_s = now_s
+        elif now_s - self._suspected_s >= LOOK_AGAIN_S:
+            self._aborted_s = now_s
+            return signal.SIGABRT
+        return None
