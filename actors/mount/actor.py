@@ -28,7 +28,7 @@ from supervisor.answers import Answer, Refused, Worked, WorkFailed
 from supervisor.frames import Codec, Message
 from supervisor.tree import System
 
-SERVER_SAYS = Codec(Ready, Progress, ReadFailed)
+SERVER_SAYS = Codec(Ready, Progress, ReadFailed, wire.ReadWhole)
 SYNCING_SHARE_MAX = 0.05  # of the time may be spent on syncs of one running task
 
 
@@ -168,6 +168,8 @@ class MountActor(Actor):
                 self._synced(messages.WorkspaceSynced("sync_failed", [], error))
             case "sync running", _:
                 self._synced_running(value.error)
+            case "cache", wire.JobFailed(_, error):
+                logger.warning("what task {} has read is not cached for the next one: {}", self._task, error)
 
     def _order(self, init_request: bytes, replacement: bool) -> ServeTree:
         settings = self._services.settings
@@ -186,6 +188,10 @@ class MountActor(Actor):
         match self._server.take(message):
             case Ready():
                 self._put_together()
+            case wire.ReadWhole(rows):
+                home, objects = str(self._layout.workspace_home), self._services.settings.image.cache_dir
+                job = wire.CacheObjects(f"cache {self._task} {rows[0]}", self._store, home, objects, rows)
+                self._asked[self.request(SYNCER, job)] = "cache"
             case ReadFailed(_, reason):
                 self.system.tell(sandbox_name(self._task), TaskReadFailed(self._task, reason))
 

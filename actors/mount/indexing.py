@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ from actors.mount.source import StoredFile
 
 META, TABLE = "meta.erofs", "table"  # in the task's directory
 SMALL_BYTES_MAX = 64 << 10
+CACHED_BYTES_MAX = 256 << 20
+FREE_BYTES_MIN = 4 << 30
+PIECE_BYTES_MAX = 1 << 20
+LOOKED_AT_AGAIN_MAX = 2000  # of the objects that were missing the last time; a millisecond or two
 KEPT_MAX = 8  # stores whose last META and table are kept; each at most some 400 bytes an entry
 
 _NAMELESS = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
@@ -49,13 +54,14 @@ class Indexed:
 class _Files:
     """META and table of a listing, without names, open for as long as somebody has this object.
 
-    `looked_at`: of how many of the table's rows, from the first on, it is known whether OBJECTS has them; `there`: has it.
+    `looked_at`: of how many of the table's rows, from the first on, it is known whether OBJECTS has them; `absent`: which it had not.
     """
 
     def __init__(self, listing: Listing, digest: bytes, identity: bytes, directory: str) -> None:
         self.digest = digest
         self.filling = threading.Lock()
-        self.looked_at = self.there = 0
+        self.looked_at = 0
+        self.absent: list[int] = []
         self.meta = self.table = -1
         self.meta = os.open(directory, _NAMELESS, 0o600)  # on the disk where the copies will be
         self.table = os.open(directory, _NAMELESS, 0o600)
@@ -113,7 +119,7 @@ class Indexer:
         write_listing(directory, entries)
         _copy(files.table, os.path.join(directory, TABLE))
         _copy(files.meta, os.path.join(directory, META))  # the last: whoever finds it finds the others too
-        missing = files.objects - files.there
+        missing = files.objects - files.looked_at + len(files.absent)
         return Indexed(len(listing.entries), files.objects, files.content_bytes, missing, listing.skipped)
 
     def _kept_files(self, identity: bytes, digest: bytes) -> _Files | None:
@@ -161,10 +167,12 @@ def _node(found: Found) -> erofs.Node:
 
 
 def _fill(root: int, files: _Files, objects: Objects, small_bytes_max: int, until_s: float) -> None:
-    """Look on, from where it was left off, for objects that are missing, and copy the small ones."""
-    if files.looked_at == files.objects:
+    """Look again for what was missing; then on, from where it was left off, and copy the small ones."""
+    if files.looked_at == files.objects and not files.absent:
         return
     with closing(ObjectTable(f"/proc/self/fd/{files.table}")) as table:
+        again, rest = files.absent[:LOOKED_AT_AGAIN_MAX], files.absent[LOOKED_AT_AGAIN_MAX:]
+        files.absent = [index for index in again if not objects.has(table.row(index).key)] + rest
         for index in range(files.looked_at, files.objects):
             row = table.row(index)
             there = objects.has(row.key)
@@ -173,11 +181,34 @@ def _fill(root: int, files: _Files, objects: Objects, small_bytes_max: int, unti
                 if small_bytes_max < 0 or time.monotonic() >= until_s:
                     return
                 there = _fill_one(root, row, objects)
-            files.looked_at, files.there = index + 1, files.there + there
+            files.looked_at = index + 1
+            if not there:
+                files.absent.append(index)
+
+
+def cache(store: str, directory: str, objects: Objects, rows: Iterable[int]) -> int:
+    """Copy objects of the workspace indexed in the task's `directory` to OBJECTS → how many of them are there now.
+
+    Each may have CACHED_BYTES_MAX, and leaves FREE_BYTES_MIN on the disk.  Raises OSError, CorruptTable, IndexError.
+    """
+    cached = 0
+    root = open_store(store)
+    try:
+        with closing(ObjectTable(os.path.join(directory, TABLE))) as table:
+            for index in rows:
+                row = table.row(index)
+                if not (there := objects.has(row.key)) and row.size_bytes <= CACHED_BYTES_MAX:
+                    disk = os.fstatvfs(objects.descriptor)
+                    if disk.f_bavail * disk.f_frsize >= row.size_bytes + FREE_BYTES_MIN:
+                        there = _fill_one(root, row, objects)
+                cached += there
+    finally:
+        os.close(root)
+    return cached
 
 
 def _fill_one(root: int, row: Row, objects: Objects) -> bool:
-    """Copy a small file to OBJECTS, if it still is, and stays, the version that was listed."""
+    """Copy a file to OBJECTS, if it still is, and stays, the version that was listed."""
     stored = msgspec.msgpack.decode(row.source, type=StoredFile)
     try:
         file = open_beneath(root, stored.path, os.O_RDONLY | os.O_NONBLOCK)
@@ -187,19 +218,32 @@ def _fill_one(root: int, row: Row, objects: Objects) -> bool:
         return False  # it went
     try:
         before = os.fstat(file)
-        content = os.read(file, stored.size + 1)
-        after = os.fstat(file)
+        with objects.create() as copy:
+            done = 0
+            while done < stored.size and (count := _copy_range(file, copy.fileno(), stored.size - done, done)):
+                done += count
+            after = os.fstat(file)
+            listed = (stored.inode, stored.size, stored.mtime_ns)
+            seen = (after.st_ino, after.st_size, after.st_mtime_ns)
+            if done != stored.size or seen != listed or before.st_ctime_ns != after.st_ctime_ns:
+                return False
+            objects.publish(copy, row.key)
     finally:
         os.close(file)
-    listed = (stored.inode, stored.size, stored.mtime_ns)
-    if (after.st_ino, after.st_size, after.st_mtime_ns) != listed or before.st_ctime_ns != after.st_ctime_ns:
-        return False
-    if len(content) != stored.size:
-        return False
-    with objects.create() as copy:
-        copy.write(content)
-        objects.publish(copy, row.key)
     return True
+
+
+def _copy_range(source: int, target: int, size: int, place: int) -> int:
+    """Copy up to `size` bytes at `place` → how many it were."""
+    if size <= SMALL_BYTES_MAX:
+        return os.pwrite(target, os.pread(source, size, place), place)
+    try:
+        return os.copy_file_range(source, target, min(size, PIECE_BYTES_MAX), place, place)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    # Between two file systems, of which one knows no other way.
+    return os.pwrite(target, os.pread(source, min(size, PIECE_BYTES_MAX), place), place)
 
 
 def _copy(source: int, path: str) -> None:

@@ -18,13 +18,15 @@ from typing import Any
 
 from actors.lazytree.objects import Objects
 from actors.mount.changes import Changes
-from actors.mount.indexing import Indexer, StagedChanges
+from actors.mount.indexing import Indexer, StagedChanges, cache
 from actors.mount.listing import TreeTooLarge, make_listing_durable
 from actors.mount.staging import UPPER
 from actors.mount.sync import SYNCED, sync
 from actors.mount.wire import (
     JOBS,
     TEXT_BYTES_MAX,
+    Cached,
+    CacheObjects,
     Indexed,
     IndexWorkspace,
     JobFailed,
@@ -60,15 +62,21 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     changes = Changes()
     syncing = _Workers(channel, SYNCING_MAX, partial(_sync, changes))
     syncing_running = _Workers(channel, SYNCING_RUNNING_MAX, partial(_sync_running, changes))
-    everybody = (indexing, syncing, syncing_running)
+    caching = _Workers(channel, 1, _cache)
+    everybody = (indexing, syncing, syncing_running, caching)
     beat_s = time.monotonic()
     while True:
         try:
             job, came = channel.receive(max(0.0, beat_s - time.monotonic()))
             for descriptor in came:
                 os.close(descriptor)
-            who = indexing if isinstance(job, IndexWorkspace) else syncing_running if job.running else syncing
-            who.jobs.put(job)
+            match job:
+                case IndexWorkspace():
+                    indexing.jobs.put(job)
+                case CacheObjects():
+                    caching.jobs.put(job)
+                case SyncWorkspace():
+                    (syncing_running if job.running else syncing).jobs.put(job)
         except ChannelTimeout:
             beat_s = time.monotonic() + HEARTBEAT_S
             beat = Progress(sum(who.running for who in everybody), sum(who.jobs.qsize() for who in everybody))
@@ -86,7 +94,7 @@ class _Workers:
     """Threads that do jobs and send the answers.  They are no reason for the process to stay."""
 
     def __init__(self, channel: Channel, count: int, work: Callable[[Any, Callable[[Message], None]], object]) -> None:
-        self.jobs: queue.SimpleQueue[IndexWorkspace | SyncWorkspace] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[IndexWorkspace | SyncWorkspace | CacheObjects] = queue.SimpleQueue()
         self.running = 0
         self._channel = channel
         self._work = work
@@ -128,6 +136,15 @@ def _index(indexer: Indexer, job: IndexWorkspace, send: Callable[[Message], None
     send(Indexed(job.job, listed.entries, listed.objects, listed.content_bytes, listed.missing, skipped, skipped_count))
     with suppress(FileNotFoundError):  # the task is over already
         make_listing_durable(job.directory)  # nobody needs to wait for it: staging is empty still
+
+
+def _cache(job: CacheObjects, send: Callable[[Message], None]) -> None:
+    with closing(Objects(job.objects_dir)) as objects:
+        try:
+            count = cache(job.store, job.directory, objects, job.rows)
+        except FileNotFoundError:  # the task is over already
+            count = 0
+    send(Cached(job.job, count))
 
 
 def _sync_running(changes: Changes, job: SyncWorkspace, send: Callable[[Message], None]) -> None:

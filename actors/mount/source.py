@@ -65,11 +65,13 @@ class _Open:
 
 class DirectorySource:
     """The store at `path`, opened once: nothing but descriptors is used afterwards.  `aside`: the task's private directory in it, if
-    it has one.  Raises OSError.
+    it has one.  `read_whole` is told the index of an object that has been read as a whole.  Raises OSError.
     """
 
-    def __init__(self, path: str, aside: bytes = b"") -> None:
+    def __init__(self, path: str, aside: bytes = b"", read_whole: Callable[[int], None] = lambda index: None) -> None:
         self._aside = aside
+        self._read_whole = read_whole
+        self._read_bytes: dict[int, int] = {}  # of objects that have been read in part, by index
         self._store = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._decoder = msgspec.msgpack.Decoder(StoredFile)
         self._waiting = trio.CapacityLimiter(WAITING_MAX)
@@ -84,6 +86,16 @@ class DirectorySource:
 
     async def read(self, index: int, row: Row, offset: int, size: int) -> bytes | bytearray:
         """`size` bytes at `offset` of the file in `row`.  Raises SourceError when they are not the listed version's."""
+        data = await self._data(index, row, offset, size)
+        # A byte that is read twice counts twice: rare, for the kernel caches what it has, and whatever comes of it is right.
+        read_bytes = self._read_bytes.pop(index, 0) + size
+        if read_bytes >= row.size_bytes:
+            self._read_whole(index)
+        else:
+            self._read_bytes[index] = read_bytes
+        return data
+
+    async def _data(self, index: int, row: Row, offset: int, size: int) -> bytes | bytearray:
         stored = self._decoder.decode(row.source)
         turn = _Turn(self._waiting_of.setdefault(index, trio.CapacityLimiter(WAITING_OF_ONE_MAX)), self._waiting)
         try:

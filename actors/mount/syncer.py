@@ -40,7 +40,7 @@ class _StartAgain(Message, frozen=True):
 
 
 class SyncerActor(Actor):
-    """Messages: `wire.IndexWorkspace` and `wire.SyncWorkspace`; the answer is the process's, later."""
+    """Messages: `wire.IndexWorkspace`, `wire.SyncWorkspace` and `wire.CacheObjects`; the answer is the process's, later."""
 
     def __init__(self, system: System, name: str, services: Services) -> None:
         super().__init__(system, name)
@@ -57,7 +57,7 @@ class SyncerActor(Actor):
 
     def on_message(self, message: Any) -> Any:
         match message:
-            case wire.IndexWorkspace() | wire.SyncWorkspace():
+            case wire.IndexWorkspace() | wire.SyncWorkspace() | wire.CacheObjects():
                 return self._take(message)
             case _Retry():
                 self._retry()
@@ -77,7 +77,7 @@ class SyncerActor(Actor):
                 self._services.processes.put(self.name, ProcessRow(SYNCER, self._worker.pid or 0, self._worker.restarts))
                 for job, _ in self._jobs.values():
                     self._worker.send(job)
-            case Said(_, _, wire.Indexed() | wire.Synced() | wire.JobFailed() as answer):
+            case Said(_, _, wire.Indexed() | wire.Synced() | wire.Cached() | wire.JobFailed() as answer):
                 done, waiting = self._jobs.pop(answer.job, (None, []))
                 for reply in waiting:
                     reply.set(answer)
@@ -89,7 +89,7 @@ class SyncerActor(Actor):
                 self.after(RESTART_S if self._worker.restarts > 1 else 0.0, _StartAgain())
         return None
 
-    def _take(self, job: wire.IndexWorkspace | wire.SyncWorkspace) -> Any:
+    def _take(self, job: wire.IndexWorkspace | wire.SyncWorkspace | wire.CacheObjects) -> Any:
         """Hand a job over, once: who asks again while it is done gets the same answer."""
         reply = self.deferred()
         if job.job in self._jobs:

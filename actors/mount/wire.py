@@ -1,6 +1,6 @@
 """Messages between the mount supervisor and the syncer process.
 
-Jobs go one way, and each has one answer: `Indexed` or `Synced`, or `JobFailed` when it could not be done at all.  Jobs of a
+Jobs go one way, and each has one answer: `Indexed`, `Synced` or `Cached`, or `JobFailed` when it could not be done at all.  Jobs of a
 syncer that died are sent again to its successor; to do one twice is harmless.
 """
 
@@ -84,6 +84,29 @@ class Synced(Message, frozen=True):
     settled: bool = True
 
 
+class ReadWhole(Message, frozen=True):
+    """From a workspace mount: a task has read these objects (indexes into the table) as a whole, through LAZY."""
+
+    rows: list[int]
+
+
+class CacheObjects(Message, frozen=True):
+    """Copy the objects `rows` of the workspace indexed in `directory` from `store` to `objects_dir`, for tasks that come later."""
+
+    job: str
+    store: str
+    directory: str
+    objects_dir: str
+    rows: list[int]
+
+
+class Cached(Message, frozen=True):
+    """So many of the objects are in OBJECTS now; of the others the store has another version by now, or they are too large."""
+
+    job: str
+    objects: int
+
+
 class JobFailed(Message, frozen=True):
     """The job could not be done; the text says why."""
 
@@ -98,5 +121,5 @@ class Progress(Message, frozen=True):
     waiting: int
 
 
-JOBS = Codec(IndexWorkspace, SyncWorkspace)  # what the process accepts
-ANSWERS = Codec(Indexed, Synced, JobFailed, Progress)  # what its parent accepts
+JOBS = Codec(IndexWorkspace, SyncWorkspace, CacheObjects)  # what the process accepts
+ANSWERS = Codec(Indexed, Synced, Cached, JobFailed, Progress)  # what its parent accepts

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from actors.lazytree import mounts
-from tests.bench.site import Site
+from actors.lazytree.objects import Objects
+from actors.lazytree.table import ObjectTable
+from tests.bench.site import TASK, Site
 from tests.bench.table import Row, as_fast, median
 from tests.node.daemon import Daemon
 
-ROUNDS, COLD_ROUNDS = 15, 5
+ROUNDS, SHORT_ROUNDS, COLD_ROUNDS = 15, 40, 5
 READ = 1000  # files
 _CLONE_NEWNS = 0x20000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -126,19 +128,34 @@ def rows(site: Site) -> Iterator[Row]:
             took = {(tree, work): inside.time(*order) for tree, orders in trees.items() for work, order in orders.items()}
             for root in ("/", "/workspace"):  # everything, for the second task
                 inside.time("run", ["/bin/sh", "-c", f"tar cf - --one-file-system {root} | wc -c"])
+            wait_cached(site, daemon, task)
         end(daemon, task)
         with ExitStack() as second:
             task, inside = start(daemon, second)
             for tree, orders in trees.items():
                 for work, order in orders.items():
                     site.say(f"{tree}: {work}")
-                    ours, base = in_turns(inside, plain, order, ROUNDS, lambda: None)
+                    ours, base = in_turns(inside, plain, order, ROUNDS if "tar" in work else SHORT_ROUNDS, lambda: None)
                     yield as_fast(f"{tree}: {work}", ours, base, GOALS[work])
                     yield as_fast(f"{tree}: {work}, first task", took[tree, work], base, None)
                 site.say(f"{tree}: {WORKS[0]}, page cache dropped")
                 ours, base = in_turns(inside, plain, orders[WORKS[0]], COLD_ROUNDS, drop_caches)
                 yield as_fast(f"{tree}: {WORKS[0]}, page cache dropped", ours, base, COLD_GOAL)
         end(daemon, task)
+
+
+def wait_cached(site: Site, daemon: Daemon, task: str) -> None:
+    """Wait until every object of the workspace is in OBJECTS; a few may not be, when a server was killed: to our disadvantage."""
+    objects = Objects(str(daemon.state / "images/cache"))
+    table = ObjectTable(str(daemon.state / "tasks" / task / "workspace/table"))
+    deadline = time.monotonic() + 20
+    while missing := [index for index in range(len(table)) if not objects.has(table.row(index).key)]:
+        if time.monotonic() > deadline:
+            site.say(f"{len(missing)} of {len(table)} objects are not cached")
+            break
+        time.sleep(0.2)
+    table.close()
+    objects.close()
 
 
 def in_turns(
@@ -184,7 +201,8 @@ def plain_tree(site: Site, stack: ExitStack) -> Inside:
 
 def copy_tree(source: Path, target: Path) -> None:
     subprocess.run(["cp", "--archive", "--reflink=never", source, target], check=True)
-    shutil.rmtree(target / "dev")  # no workspace has devices
+    shutil.rmtree(target / "dev")  # no workspace has devices, nor what its owner, the task, may not read
+    subprocess.run(["chown", "--recursive", "--no-dereference", f"{TASK}:{TASK}", target], check=True)
 
 
 def some_files(root: Path) -> list[str]:

@@ -265,3 +265,24 @@ def test_a_workspace_that_is_all_there_is_served_only_when_a_task_stays(daemon: 
     daemon.wait_pid(f"workspace mount {task}")
     (staged / "go").touch()
     assert daemon.result(task).exit_code == 0
+
+
+def test_what_one_task_has_read_needs_no_server_in_the_next(daemon: Daemon) -> None:
+    store = daemon.state / "workspaces/large"
+    store.mkdir(parents=True)
+    (store / "file").write_bytes(os.urandom(1 << 20))
+    os.chown(store / "file", 1000, 1000)
+    first = daemon.submit("cat file | wc -c; until [ -e go ]; do sleep 0.02; done", workspace="large")
+    cache, deadline = daemon.state / "images/cache", time.monotonic() + 30
+    while not any(path.stat().st_size == 1 << 20 for path in cache.glob("??/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (daemon.run_dir / "tasks" / first / "workspace/go").touch()
+    daemon.result(first)
+    task = daemon.submit("cat file | wc -c; sleep 0.3", workspace="large")
+    journal = daemon.state / "tasks" / task / "output/journal"
+    while not (journal.exists() and str(1 << 20).encode() in journal.read_bytes()):
+        time.sleep(0.01)
+    with pytest.raises(LookupError):
+        daemon.pid_of(f"workspace mount {task}")
+    daemon.result(task)

@@ -24,6 +24,7 @@ from actors.lazytree.objects import Objects
 from actors.lazytree.table import Row, write_table
 from actors.lazytree.wire import Progress, ReadFailed, Ready, ServeTree
 from actors.mount.source import StoredFile
+from actors.mount.wire import ReadWhole
 from supervisor.channel import Channel
 from supervisor.frames import Codec, Message
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 Entry = Callable[[socket.socket, list[int], bytes], None]
 
-SERVER_CODEC = Codec(Ready, Progress, ReadFailed)
+SERVER_CODEC = Codec(Ready, Progress, ReadFailed, ReadWhole)
 
 
 def fork(run: Callable[[], None]) -> int:

@@ -14,7 +14,8 @@ import pytest
 
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import ObjectTable, Row
-from actors.mount.indexing import KEPT_MAX, META, TABLE, Indexed, Indexer
+from actors.mount import indexing
+from actors.mount.indexing import KEPT_MAX, META, TABLE, Indexed, Indexer, cache
 from actors.mount.listing import Bounds, TreeTooLarge, read_listing
 from actors.mount.source import StoredFile
 from tests.actors.mount.conftest import OLD_NS, TASK_ID, Workspace, write
@@ -236,3 +237,63 @@ def test_a_large_store_costs_what_was_promised(workspace: Workspace, store: Path
     first_s = _timed(lambda: index(workspace, small_s=0.02, indexer=indexer))
     second_s = min(_timed(lambda: index(workspace, small_s=0.02, indexer=indexer)) for _ in range(3))
     assert (first_s < 4 / 20, second_s < 1.5 / 20) == (True, True), (first_s, second_s)
+
+
+# --- what tasks have read ---
+
+
+def cached(workspace: Workspace, *names: str) -> int:
+    table = ObjectTable(str(workspace.directory / TABLE))
+    found = rows(workspace)
+    indexes = [table.find(found[os.fsencode(name)].key) for name in names]
+    table.close()
+    objects = Objects(str(workspace.objects))
+    try:
+        return cache(str(workspace.store), str(workspace.directory), objects, [index for index in indexes if index is not None])
+    finally:
+        objects.close()
+
+
+def test_what_was_read_is_cached_for_the_next_task(workspace: Workspace, store: Path) -> None:
+    content = os.urandom((3 << 20) + 17)
+    (store / "large").write_bytes(content)
+    (store / "other").write_bytes(content)
+    indexer = Indexer()
+    assert index(workspace, indexer=indexer).missing == 2
+    assert cached(workspace, "large") == 1
+    found = rows(workspace)
+    assert (workspace.objects / Objects.path(found[b"large"].key)).read_bytes() == content
+    assert not has(workspace, found[b"other"])
+    assert cached(workspace, "large") == 1
+    # The next listing of the same store looks again for what was missing.
+    assert index(workspace, indexer=indexer).missing == 1
+    assert cached(workspace, "other") == 1
+    assert index(workspace, indexer=indexer).missing == 0
+
+
+@pytest.mark.parametrize("change", ["written", "longer", "touched", "replaced", "gone", "a link"])
+def test_what_has_changed_since_the_listing_is_not_cached(workspace: Workspace, store: Path, change: str) -> None:
+    file = store / "large"
+    file.write_bytes(os.urandom(1 << 20))
+    index(workspace)
+    changes: dict[str, Callable[[], object]] = {
+        "written": lambda: file.write_bytes(os.urandom(1 << 20)),
+        "longer": lambda: os.truncate(file, (1 << 20) + 1),
+        "touched": lambda: os.utime(file, (1, 1)),
+        "replaced": lambda: (file.rename(store / "old"), file.write_bytes(bytes(1 << 20))),
+        "gone": file.unlink,
+        "a link": lambda: (file.rename(store / "old"), file.symlink_to("old")),
+    }
+    changes[change]()
+    assert cached(workspace, "large") == 0
+    assert not has(workspace, rows(workspace)[b"large"])
+
+
+def test_what_is_too_large_is_not_cached(workspace: Workspace, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store / "large").write_bytes(bytes(1 << 20))
+    index(workspace)
+    monkeypatch.setattr(indexing, "CACHED_BYTES_MAX", (1 << 20) - 1)
+    assert cached(workspace, "large") == 0
+    monkeypatch.setattr(indexing, "CACHED_BYTES_MAX", 1 << 20)
+    monkeypatch.setattr(indexing, "FREE_BYTES_MIN", 1 << 60)
+    assert cached(workspace, "large") == 0

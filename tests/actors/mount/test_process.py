@@ -292,3 +292,15 @@ def test_a_workspace_with_staged_changes_is_not_indexed_again(workspace: Workspa
         assert (workspace.directory / "listing").read_bytes() == listing
         channel.send(sync_job(workspace))
         assert answer(channel).outcome == "synced"
+
+
+def test_what_a_task_has_read_is_cached_and_a_task_that_is_over_is_no_error(workspace: Workspace) -> None:
+    (workspace.store / "large").write_bytes(bytes(1 << 20))
+    with syncer() as (channel, _):
+        channel.send(index_job(workspace))
+        assert answer(channel).missing == 1
+        job = wire.CacheObjects("c", str(workspace.store), str(workspace.directory), str(workspace.objects), [0])
+        channel.send(job)
+        assert answer(channel) == wire.Cached("c", 1)
+        channel.send(msgspec.structs.replace(job, directory=str(workspace.directory / "gone")))
+        assert answer(channel) == wire.Cached("c", 0)

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from actors.lazytree import mounts
+from actors.lazytree.table import ObjectTable
 from actors.lazytree.wire import Progress, ReadFailed
 from actors.mount.serve import serve
+from actors.mount.wire import ReadWhole
 from tests.actors.lazytree.harness import Tree, fork, in_child, wait_in_time
 
 FILES = {
@@ -156,3 +158,21 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     assert server.wait() == 0
     tree.close()
     shutil.rmtree(tmp_path)
+
+
+def test_what_was_read_as_a_whole_is_told_once(tree: Tree) -> None:
+    server = tree.serve(serve)
+    tree.mount()
+    table = ObjectTable(str(tree.home / "table"))
+    large, odd = (table.find(tree.keys[name]) for name in ("deep/er/random", "odd"))
+
+    def start_of_odd() -> None:
+        with open(f"{tree.merged}/odd", "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead
+            file.read(4096)
+
+    in_child(start_of_odd)
+    in_child(Path(tree.merged, "deep/er/random").read_bytes)
+    assert server.receive(ReadWhole).rows == [large]
+    in_child(Path(tree.merged, "odd").read_bytes)
+    assert server.receive(ReadWhole).rows == [odd]
