@@ -20,6 +20,8 @@ its own work again.
     wire       messages of the syncer                process    the syncer: one for the node, many jobs at once
     source     the store as LAZY's source            serve      the LAZY server of a workspace
 
+What a task has read as a whole through LAZY is copied to OBJECTS by the syncer, for the tasks that come later.
+
 **While the task runs** its workspace is synced every few seconds (`mount.sync_interval`), if staging has changed: what was written is
 published; what the task may still read from the store is not touched: removals, renames and changes of mode wait for the end, and a
 version that is replaced is put aside, as `.aerie-sync/TASK/was-INODE`, where LAZY finds it.  When the task has ended, all of it is
