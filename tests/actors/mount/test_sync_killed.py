@@ -177,3 +177,34 @@ def test_killed_before_any_call(tmp_path: Path, workspaces: Callable[[str], Work
         assert result(workspace) == wanted, f"killed before call {calls}"
         calls += 7
     assert calls > 300
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_instant_while_the_task_runs(workspace: Workspace, store: Path, seed: int) -> None:
+    """Work, a sync of the running task that is killed somewhere, or is not, more work: in the end the store is what the task has."""
+    _populate(store)
+    workspace.begin()
+    choose = random.Random(seed)
+    kills = 0
+    for number in range(8):
+        workspace.run(partial(_change, 1000 * seed + number))
+        pid = os.fork()
+        if pid == 0:
+            try:
+                outcome = workspace.sync(running=True)
+                if outcome.outcome != "synced":
+                    print(outcome, file=sys.stderr, flush=True)
+                os._exit(0 if outcome.outcome == "synced" else 1)
+            finally:
+                os._exit(2)
+        if number % 4:
+            time.sleep(choose.random() * 0.06)
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        kills += os.WIFSIGNALED(status)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    wanted = contents(workspace.root)
+    outcome = workspace.sync()
+    assert (outcome.outcome, outcome.conflicts, outcome.error) == ("synced", [], "")
+    assert workspace.tree() == wanted
+    assert kills
