@@ -255,6 +255,7 @@ def storm(home: Path, registry: RunningRegistry, goal: Goal, seed: int) -> Tally
         (programs / name).chmod(0o755)
     images = Images(registry.repository("storm"), random.Random(seed))
     shared = {"AERIE_IMAGE_ARCHIVE_DIR": str(home / "archives"), "AERIE_IMAGE_IDLE_UNMOUNT": "1s"}
+    shared["AERIE_MOUNT_SYNC_INTERVAL"] = "500ms"  # kills meet syncs of running tasks
     path = f"{programs}:{os.environ['PATH']}"
     with running(home / "archivist", "", **shared) as archivist, running(home / "node", "", **shared, PATH=path) as daemon:
         current = Storm(daemon, archivist, images, orders, seed)

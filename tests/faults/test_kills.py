@@ -34,7 +34,7 @@ exit 7
 @pytest.fixture
 def daemon(tmp_path: Path, image: str) -> Iterator[Daemon]:
     """A daemon of its own for each kill; it must leave nothing (`running`)."""
-    with running(tmp_path, image) as started:
+    with running(tmp_path, image, AERIE_MOUNT_SYNC_INTERVAL="100ms") as started:  # kills meet syncs of running tasks
         yield started
 
 
