@@ -125,6 +125,8 @@ class ImageActor(Actor):
                 return self._prepare(message)
             case messages.ReleaseRootfs(lease):
                 return self._release(lease)
+            case messages.HearReads():
+                return messages.Heard()  # what the servers had said lay before this in the inbox
             case messages.ListImages():
                 return self._list()
             case messages.UnmountIdle(digest):

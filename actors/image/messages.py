@@ -51,6 +51,14 @@ class Released(Message, frozen=True):
     known: bool
 
 
+class HearReads(Message, frozen=True):
+    """→ Heard, when whoever has a lease has been told of every read that failed before this was asked."""
+
+
+class Heard(Message, frozen=True):
+    pass
+
+
 class ListImages(Message, frozen=True):
     """→ ImageList"""
 

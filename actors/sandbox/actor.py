@@ -222,6 +222,13 @@ class SandboxActor(Actor):
         self.after(CONMON_S, ("conmon is late",))
 
     def _sync(self) -> None:
+        if self._rootfs is None or len(self._rootfs.data) > 1:
+            # Content was fetched as it was read: if that failed, the reason is to be in the record, which is made after this.
+            self._request("reads heard", IMAGES, images.HearReads())
+        else:
+            self._sync_workspace()
+
+    def _sync_workspace(self) -> None:
         if self._spec.workspace is None or Fact.WORKSPACE not in self._life.facts:
             self._know(Fact.SYNCED)
         else:
@@ -337,6 +344,8 @@ class SandboxActor(Actor):
             case "pumped":
                 self._record.gaps = value.gaps
                 self._know(Fact.OUTPUT_WHOLE)
+            case "reads heard":
+                self._sync_workspace()
             case "synced":
                 self._synced(value.outcome, value.conflicts, value.error, value.skipped)
             case "workspace released":
@@ -350,6 +359,8 @@ class SandboxActor(Actor):
         match what:
             case "image" | "workspace":
                 self._fail(error, "other")
+            case "reads heard":
+                self._sync_workspace()
             case "synced":
                 self._synced("sync_failed", [], error, [])
             case "pumped":
