@@ -262,11 +262,18 @@ def storm(home: Path, registry: RunningRegistry, goal: Goal, seed: int) -> Tally
         try:
             current.run(goal)
         except BaseException:
-            tally = current.tally
-            print("\n".join([f"seed {seed}:", *tally.lines(), *tally.strikes, daemon.log.read_text()]), file=sys.stderr)
+            tell(current.tally, seed, daemon)
             daemon.clear_away()
             raise
+        code, left = daemon.stop(), daemon.leavings_after_stop()
+        if code or left:
+            tell(current.tally, seed, daemon)
+            raise Broken(f"the daemon ended with {code}, and left {left}")
     return current.tally
+
+
+def tell(tally: Tally, seed: int, daemon: Daemon) -> None:
+    print("\n".join([f"seed {seed}:", *tally.lines(), *tally.strikes, daemon.log.read_text()]), file=sys.stderr)
 
 
 def main() -> int:
