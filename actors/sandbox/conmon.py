@@ -15,7 +15,6 @@ Options, sync pipe and files are conmon(8)'s (2.1), the verbs the OCI command li
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import select
@@ -29,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from actors.sandbox import bundle
+from actors.sandbox import bundle, gate
 from actors.sandbox.cgroup import expect_moves
 from actors.sandbox.runtimes import ContainerError, CreateError, Runtime, create_error
 from supervisor.pidfd import copy_descriptor, is_same, open_pidfd, signal_process
@@ -157,7 +156,7 @@ def start(container: Container, timeout_s: float) -> None:
     Raises CreateError.  Only runsc finds out here that the command is not there or cannot be executed.  crun and runc have told
     of a missing one in `create`, and of one that execve(2) refuses they tell in the task's place (`runtimes.exec_error`).
     """
-    if container.runtime.name == "crun" and _open_gate(container):
+    if gate.open_gate(container.runtime.name, container.runtime_state / gate.NAME, container.pid_file, timeout_s):
         return
     done = _run(container, ["start", container.id], timeout_s)
     for _ in range(KILLED_MAX):
@@ -301,31 +300,6 @@ def _clear(container: Container, error: CreateError) -> None:
         delete(container, CLEARING_TIMEOUT_S, force=True)
     except ContainerError as left:
         error.add_note(str(left))
-
-
-def _open_gate(container: Container) -> bool:
-    """Start a container of crun's as `crun start` does it, without executing it (4 ms); False when this crun has no such gate.
-
-    The first process waits for one byte from a FIFO, which is removed when it was written.  `crun start` removes it first; this
-    way round, a daemon that dies in between finds the gate, and nobody waiting behind it.
-    """
-    gate = container.runtime_state / "exec.fifo"
-    try:
-        descriptor = os.open(gate, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # nobody waits: it was started, or has ended, which its pidfd tells
-            raise CreateError("other", f"the container's gate cannot be opened: {error}") from None
-    else:
-        try:
-            os.write(descriptor, b"\0")
-        except BrokenPipeError:
-            pass  # it has ended just now
-        finally:
-            os.close(descriptor)
-    gate.unlink(missing_ok=True)
-    return True
 
 
 def _forget(container: Container) -> bool:

@@ -1,11 +1,11 @@
 """The fault model: what may happen at any instant, and what must hold all the same.
 
 **Faults.**  SIGKILL of any process of the daemon at any instruction: keeper, root supervisor, fork server, the FUSE server of an
-image or a workspace, an image builder, the syncer, the output mover, a task's conmon, an OCI runtime while it creates, starts or
-deletes a container.  Two of them within 50 ms; keeper and root supervisor together, when whoever started the daemon starts it
-again.  A hang (SIGSTOP) of any.  A full disk.  A registry that is away or lies.  A client that sends anything, or dies.  Not in the
-model: a power cut's effect on what was never acknowledged, the death of every holder of a task's descriptors at the same
-instant as its conmon, a kernel that breaks its word.
+image or a workspace, an image builder, the syncer, the output mover, a task's conmon, an OCI runtime while it creates or deletes a
+container (crun and runc are not executed to start one).  Two of them within 50 ms; keeper and root supervisor together, when whoever
+started the daemon starts it again.  A hang (SIGSTOP) of any.  A full disk.  A registry that is away or lies.  A client that sends
+anything, or dies.  Not in the model: a power cut's effect on what was never acknowledged, the death of every holder of a task's
+descriptors at the same instant as its conmon, a kernel that breaks its word.
 
 **Invariants**, whatever happens:
 

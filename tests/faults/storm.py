@@ -40,7 +40,7 @@ RETURNING = ("keeper", victims.ROOT, "fork server", "output mover", "syncer")
 
 # A runtime lives for milliseconds: the program in its place has itself struck, when told to, and then is the runtime.
 RUNTIME = """#!/bin/sh
-for verb in create start delete; do
+for verb in create delete; do
   case " $* " in *" $verb "*)
     if mv "{orders}/$verb" "{orders}/$verb.$$" 2>/dev/null; then
       read signal pause < "{orders}/$verb.$$"; rm "{orders}/$verb.$$"

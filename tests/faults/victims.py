@@ -28,7 +28,7 @@ COMMS: Final = {
     "conmon": "conmon",
 }
 ROOT: Final = "root supervisor"
-VERBS: Final = ("create", "start", "delete")
+VERBS: Final = ("create", "delete")  # crun and runc are started without executing them (`actors.sandbox.gate`)
 RUNTIMES: Final = tuple(f"runtime at {verb}" for verb in VERBS)
 KINDS: Final = (*COMMS, ROOT, *RUNTIMES)
 HOLDERS: Final = frozenset({"keeper", ROOT})

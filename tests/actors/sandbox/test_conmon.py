@@ -325,16 +325,27 @@ def test_nothing_runs_before_start(laboratory: Laboratory, runtime: Runtime) -> 
     assert (sandbox.workspace / "ran").exists()
 
 
-def test_start_again_changes_nothing(laboratory: Laboratory) -> None:
-    sandbox = laboratory.create(laboratory.runtime("crun"), "/bin/true")
+@pytest.mark.parametrize("ended", [True, False])
+def test_start_again_changes_nothing(laboratory: Laboratory, runtime: Runtime, ended: bool) -> None:
+    sandbox = laboratory.create(runtime, *shell("echo ran >> ran; read line < go"))
     gate = sandbox.container.runtime_state / "exec.fifo"
+    os.mkfifo(sandbox.workspace / "go", 0o666)
     assert stat.S_ISFIFO(gate.stat().st_mode)
-    descriptor = os.open(gate, os.O_WRONLY)  # a daemon that was killed before it removed the gate
-    os.write(descriptor, b"\0")
-    os.close(descriptor)
-    assert os.waitstatus_to_exitcode(sandbox.finish()) == 0
+    kept = gate.with_name("kept")
+    os.link(gate, kept)
     sandbox.start()
-    assert not gate.exists()
+    kept.rename(gate)  # as if the daemon had been killed before it removed the gate
+    go = os.open(sandbox.workspace / "go", os.O_WRONLY)  # waits until the command reads
+    if not ended:
+        sandbox.start()
+        assert not gate.exists()
+    os.write(go, b"\n")
+    os.close(go)
+    assert os.waitstatus_to_exitcode(sandbox.finish()) == 0
+    if ended:
+        sandbox.start()
+        assert not gate.exists()
+    assert (sandbox.workspace / "ran").read_text() == "ran\n"
 
 
 def test_start_when_the_gate_is_not_as_expected(laboratory: Laboratory) -> None:

@@ -1,0 +1,85 @@
+"""The gate behind which a created container's first process waits, opened as the runtime's own `start` opens it.
+
+Without executing the runtime, which takes 4 ms (crun) or 20 (runc), and might itself be killed half way: runc's, between the two
+steps of its gate, would take the first process with it.
+
+    crun    the first process reads a byte from the FIFO; `start` writes it (crun: status.c)
+    runc    the first process writes a byte to the FIFO; `start` reads it (runc: libcontainer/standard_init_linux.go)
+
+Both runtimes take a container whose FIFO is still there for one that was only created, so it is removed last: a daemon that dies
+in between finds it, and nobody waiting behind it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import time
+from pathlib import Path
+from typing import Final
+
+from actors.sandbox.runtimes import CreateError
+
+NAME: Final = "exec.fifo"  # in the runtime's directory for the container
+LOOK_S: Final = 0.05  # between two looks whether anybody waits behind runc's gate
+
+
+def open_gate(runtime: str, path: Path, pid_file: Path, timeout_s: float) -> bool:
+    """Let the first process of a container go, whose pid `pid_file` holds; one that does not wait any more is left as it is.
+
+    False: this runtime has no such gate, or not this version of it.  Raises CreateError.
+    """
+    opens = {"crun": _write, "runc": _read}.get(runtime)
+    if opens is None or not path.exists():
+        return False
+    try:
+        opens(path, pid_file, time.monotonic() + timeout_s)
+    except OSError as error:
+        raise CreateError("other", f"the container's gate cannot be opened: {error}") from None
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _write(path: Path, pid_file: Path, deadline: float) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return  # nobody waits: it was started, or has ended, which its pidfd tells
+    try:
+        os.write(descriptor, b"\0")
+    except BrokenPipeError:
+        pass  # it has ended just now
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path, pid_file: Path, deadline: float) -> None:
+    # Opening it is what lets the first process go on, to its write(2), and that fails when there is no reader then.  So between these
+    # two lines, some microseconds, a kill of this process would cost the task its life: `start` of runc takes milliseconds for it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        waiting = select.poll()
+        waiting.register(descriptor, select.POLLIN)
+        while not waiting.poll(LOOK_S * 1000):
+            if not _waits(pid_file):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "its first process does not write to it")
+        os.read(descriptor, 1)
+    finally:
+        os.close(descriptor)
+
+
+def _waits(pid_file: Path) -> bool:
+    """Whether a container's first process is still the runtime's: it holds the FIFO, close-on-exec."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        descriptors = Path(f"/proc/{int(pid_file.read_text())}/fd")
+        for number in os.listdir(descriptors):
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                if os.readlink(descriptors / number).endswith(f"/{NAME}"):
+                    return True
+    return False
