@@ -89,13 +89,16 @@ def mount_overlay(
 def make_upper(upper: str, work: str, meta: str) -> None:
     """Make the upper and work directories of a mount over `meta`, a mounted META; its root's owner, mode, times and attributes too.
 
-    For a new mount only: later the upper's own root says what the task did to it.
+    For a new mount only: later the upper's own root says what the task did to it.  `upper` appears last, and whole: where it is, a
+    process that was killed at any instant has left nothing to do.
     """
-    os.makedirs(upper)
-    os.makedirs(work)
+    os.makedirs(work, exist_ok=True)
+    unnamed = f"{upper}.new"
+    os.makedirs(unnamed, exist_ok=True)
     status = os.stat(meta)
-    os.chown(upper, status.st_uid, status.st_gid)
-    shutil.copystat(meta, upper)  # with the attributes; after the chown, which drops setgid
+    os.chown(unnamed, status.st_uid, status.st_gid)
+    shutil.copystat(meta, unnamed)  # with the attributes; after the chown, which drops setgid
+    os.rename(unnamed, upper)
 
 
 def mount_fuse(target: str, fuse_descriptor: int) -> FuseMount:

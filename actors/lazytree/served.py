@@ -140,8 +140,9 @@ class LazyServer:
 
         The keeper holds the connection and the kernel's INIT request.
         """
-        self.target.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # First what an earlier incarnation mounted and did not live to have served: a look at the directory would wait for a server.
         mounts.unmount(str(self.target), lazily=True)
+        self.target.mkdir(mode=0o755, parents=True, exist_ok=True)
         connection = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         try:
             mounted = mounts.mount_fuse(str(self.target), connection)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -76,6 +77,7 @@ def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) ->
         return _lost(found, "the machine was started again while it ran")
     if services.descriptors.get(held("container", task)) is None and not _collect(services, task, attempt):
         if (code := conmon.exit_code(attempt.container)) is not None:
+            _mark_start(services, task, record, intended_at)
             return _ended(found, code)
         if (attempt.layout.monitor / "pid").exists() and started_at is not None:
             return _lost(found, "its process and everybody who watched it were killed")
@@ -85,9 +87,19 @@ def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) ->
         found.phase, found.facts = Phase.CREATED, CREATED
     else:
         found.phase, found.facts = Phase.RUNNING, STARTED
+        _mark_start(services, task, record, intended_at)
     if stop_cause is not None:
         found.seen.append(Fact.STOP_ASKED)
     return found
+
+
+def _mark_start(services: Services, task: str, record: Record, intended_at: float) -> None:
+    """Its command runs and the mark of its start is missing, which is written beside it: the start was meant a moment before."""
+    if record.started_at is None:
+        now_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        record.started_at, record.started_boot_s = intended_at, now_boot_s - max(0.0, time.time() - intended_at)
+        marks = (record.started_at, record.started_boot_s, task)
+        services.store.write(("UPDATE tasks SET started_at = ?, started_boot_s = ? WHERE task = ?", marks)).result()
 
 
 def _anew(services: Services, task: str, found: Found, attempt: Attempt) -> Found:

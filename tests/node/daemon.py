@@ -26,7 +26,9 @@ PATIENCE_S = 60.0
 
 
 class Daemon:
-    """`run.py daemon` with its state below `home`; tasks run `image` unless they say otherwise."""
+    """`run.py daemon` with its state below `home`; tasks run `image` unless they say otherwise.  `program`: another one in its place."""
+
+    program = PROGRAM
 
     def __init__(self, home: Path, image: str, **settings: str) -> None:
         self.state, self.run_dir, self.image = home / "state", home / "run", image
@@ -49,7 +51,7 @@ class Daemon:
         earlier = self._process
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, PROGRAM, "daemon", *options],
+                [sys.executable, self.program, "daemon", *options],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
@@ -185,6 +187,11 @@ class Daemon:
                 os.kill(pid, signal.SIGKILL)
         for mount in mounts_below(str(self.state.parent)):
             unmount(mount.target, lazily=True)
+
+    def reap(self) -> None:
+        """Wait for the end of a daemon that was killed."""
+        if self._process is not None:
+            self._process.wait(PATIENCE_S)
 
     # --- what it leaves ---
 
