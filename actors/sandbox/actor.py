@@ -476,7 +476,7 @@ class SandboxActor(Actor):
 
     def _exec_refused(self, status: int) -> CreateError | None:
         """Whether the runtime, in the task's place, has found that the command cannot be executed: then it never ran."""
-        if self._rootfs is None or not os.WIFEXITED(status) or os.WEXITSTATUS(status) != 1:
+        if not os.WIFEXITED(status) or os.WEXITSTATUS(status) != 1:
             return None
         if self._layout.journal.stat().st_size > EXEC_ERROR_BYTES_MAX:
             return None
@@ -488,7 +488,8 @@ class SandboxActor(Actor):
         if any(chunk.stream != "stderr" for chunk in printed):
             return None
         text = b"".join(chunk.data for chunk in printed).decode(errors="replace")
-        return exec_error(text, bundle.arguments(self._rootfs.config, self._spec.command)[0])
+        # From the bundle, for an actor that was started again has not asked for the image.
+        return exec_error(text, bundle.command_in(self._layout.bundle))
 
     def _state_now(self) -> TaskResult:
         """The result as it stands."""

@@ -260,6 +260,7 @@ def program_name(argv: Any) -> str | None:
 
 def operation_name(operation: str, task: str) -> str:
     """The operation's name in the table, for a test whose task is `task`."""
+    operation = operation.replace("%2F", "/")
     name = re.sub(rf"(?<![\w-]){re.escape(task)}(?![\w-])", "TASK", operation)
     name = re.sub(r"TASK\.\d+", "TASK.N", name)
     name = re.sub(r"sha256[:-][0-9a-f]{64}", "DIGEST", name)

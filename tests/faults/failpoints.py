@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -258,20 +259,26 @@ FAILPOINTS: dict[str, tuple[str, ...]] = {
         "unmount RUN/images/DIGEST",
         "mount RUN/images/DIGEST",
         "after mount RUN/images/DIGEST",
+        "unmount RUN/images/DIGEST.lazy",
+        "remove RUN/leases/.task/TASK",
+        "symlink RUN/leases/.task/TASK",
+        "rename RUN/leases/task/TASK",
+        "remove RUN/leases/task/TASK",
     ),
     "image mount": (
-        "commit INSERT leases LEASE",
-        "after commit INSERT leases LEASE",
+        "remove RUN/leases/.LEASE",
+        "symlink RUN/leases/.LEASE",
+        "rename RUN/leases/LEASE",
         "mkdir RUN/images/LEASE",
         "mount RUN/images/LEASE",
         "after mount RUN/images/LEASE",
         "unmount RUN/images/LEASE",
         "rmdir RUN/images/LEASE",
-        "commit DELETE leases LEASE",
-        "after commit DELETE leases LEASE",
+        "remove RUN/leases/LEASE",
     ),
     "forgotten": (
         "commit DELETE tasks TASK",
+        "commit DELETE positions TASK",
         "after commit DELETE tasks TASK",
         "rmtree STATE/tasks/TASK",
         "halfway rmtree STATE/tasks/TASK",
@@ -316,6 +323,9 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
         "torn write STATE/boot",
         "mkdir STATE/images/archives",
         "mkdir RUN/images",
+        "mkdir RUN/leases",
+        "remove RUN/.aerie.sock.PID",
+        "chmod RUN/.aerie.sock.PID",
         "isolate output mover",
         "isolate syncer",
         "rename RUN/aerie.sock",
@@ -369,11 +379,12 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
 SOMETIMES = ("write GROUP/TASK.N/cgroup.kill",)
 
 
+def operations(names: Iterable[str]) -> set[str]:
+    """The operations of points, without the words before them that only say when."""
+    return {re.sub("^(after|torn|halfway) ", "", name) for name in names}
+
+
 def known() -> set[str]:
     """Every operation in the table."""
-    return set(SOMETIMES) | {
-        name.removeprefix("after ").removeprefix("torn ").removeprefix("halfway ")
-        for table in (FAILPOINTS, KEEPER_TOO, IN_A_ROW)
-        for names in table.values()
-        for name in names
-    }
+    tables = (FAILPOINTS, KEEPER_TOO, IN_A_ROW)
+    return operations(SOMETIMES) | operations(name for table in tables for names in table.values() for name in names)
