@@ -87,6 +87,18 @@ class ImageActor(Actor):
                 self._given[lease] = self._lease_on(found, lease, path if task_of(lease) is None else None)
         for image in self._images.values():
             self._watch_idle(image)
+        self._clear_orphans()
+
+    def _clear_orphans(self) -> None:
+        """Unmount what belongs to no lease and no image: a kill came between the one and the other."""
+        kept = {lease for image in self._images.values() for lease in image.leases}
+        kept |= {Path(place).name for image in self._images.values() if image.mount for place in image.mount.places}
+        for entry in self._mounts.iterdir():
+            if entry.name not in kept:
+                for mount in mounts.mounts_below(str(entry)):
+                    logger.warning("{} is mounted for nobody; it is unmounted", mount.target)
+                    mounts.unmount(mount.target, lazily=True)
+                entry.rmdir()
 
     def _find_leases(self) -> dict[str, str]:
         """Who holds a lease on which digest, but for tasks that have given everything back."""

@@ -115,6 +115,11 @@ class ImageMount:
         """The layers with the content, for the same."""
         return [self._settings.cache_dir, *([str(self._lazy_target)] if self._lazy.minor else [])]
 
+    @property
+    def places(self) -> list[str]:
+        """Where it is mounted."""
+        return [str(self._meta), str(self._lazy_target)]
+
     # --- the actor's orders ---
 
     def adopt(self) -> bool:

@@ -132,7 +132,7 @@ def image_mount(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
         for lease in leases:
             assert (daemon.run_dir / "images" / lease / "etc/passwd").exists()
             assert daemon.command("image", "unmount", lease).returncode in (0, 4)
-    assert [entry.name for entry in (daemon.run_dir / "images").iterdir() if entry.name.startswith("mount-")] == []
+    eventually(lambda: not list((daemon.run_dir / "images").glob("mount-*")))
 
 
 def forgotten(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
@@ -142,10 +142,7 @@ def forgotten(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
         for number in range(4):
             check_ended(daemon, daemon.result(daemon.submit(BEGIN + PRINT, task=f"{task}-{number}")))
     daemon.result(daemon.submit(BEGIN + PRINT, task=f"{task}-last"))  # when one ends, it is looked what may be forgotten
-    deadline = time.monotonic() + 10
-    while (daemon.state / "tasks" / task).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually(lambda: not (daemon.state / "tasks" / task).exists())
     assert daemon.command("result", task).returncode == 4
 
 
@@ -193,6 +190,13 @@ def make_store(daemon: ArmedDaemon, name: str) -> Path:
     (store / "big").write_bytes(CONTENT)
     os.chown(store, 1000, 1000)
     return store
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def push(daemon: ArmedDaemon, tag: str, *members: bytes) -> str:
