@@ -348,9 +348,10 @@ class GatewayActor(Actor):
         self.request(SANDBOXES, RunTask(task.task, task.spec))
 
     def _ended(self, result: TaskResult) -> None:
+        """May be told twice, by a sandbox that was started again between recording and telling: then nobody waits any more."""
         known = self._ledger.tasks.get(result.task)
-        if known is None or known.result.ended:
-            return  # told twice, by a sandbox that was started again between recording and telling
+        if known is None:
+            return
         known.result = result
         for client, request in known.waiting:
             self._bridge.send(client, Ended(request, result))

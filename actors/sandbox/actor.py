@@ -492,8 +492,8 @@ class SandboxActor(Actor):
         return exec_error(text, bundle.command_in(self._layout.bundle))
 
     def _state_now(self) -> TaskResult:
-        """The result as it stands."""
-        if self._result is not None:
+        """The result as it stands; how it ended only once that is durable."""
+        if self._result is not None and Fact.RECORDED in self._life.facts:
             return self._result
         running = Fact.STARTED in self._life.facts
         return self._record.present("running" if running else "pending" if self._life.phase is Phase.PREPARING else "creating")

@@ -126,7 +126,7 @@ class Operations:
 
     def _open(self, path: str, flags: int) -> None:
         if shown := self._shown(path):
-            making = flags & (os.O_CREAT | os.O_TRUNC) and not flags & os.O_TMPFILE == os.O_TMPFILE
+            making = flags & (os.O_CREAT | os.O_TRUNC) and flags & os.O_TMPFILE != os.O_TMPFILE
             opened = partial_open(path, flags) if making and not path.startswith(GROUPS) else None
             self.reach(f"write {shown}", torn=opened)
 
