@@ -39,7 +39,7 @@ from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
 from actors.mount.messages import CleanupAll
 from actors.mount.supervisor import MountSupervisor, clean_stale
-from actors.mount.syncer import SyncerActor
+from actors.mount.syncer import SyncerActor, waits_for_later
 from actors.output.actor import OutputActor
 from actors.records import MIGRATIONS
 from actors.sandbox.supervisor import SandboxSupervisor
@@ -201,8 +201,10 @@ def clean_up(services: Services) -> None:
             str(layout.task(task).volatile)
         ):  # rmtree would go through a mount, and remove what is on it
             shutil.rmtree(layout.task(task).volatile, ignore_errors=True)
-        if task not in known and not (layout.task(task).workspace_home / "unsynced").exists():
-            shutil.rmtree(layout.task(task).durable, ignore_errors=True)
+        if not waits_for_later(layout.task(task).workspace_home):
+            shutil.rmtree(layout.task(task).workspace_home, ignore_errors=True)
+            if task not in known:
+                shutil.rmtree(layout.task(task).durable, ignore_errors=True)
 
 
 def drain(system: System, services: Services, tree: Root) -> None:

@@ -14,7 +14,7 @@ from loguru import logger
 
 from actors.mount import wire
 from actors.mount.journal import no_more_syncs
-from actors.mount.listing import Bounds
+from actors.mount.listing import LISTING, Bounds
 from actors.services import SYNCER, Services
 from actors.settings import Settings
 from supervisor.actor import Actor
@@ -123,7 +123,14 @@ class SyncerActor(Actor):
 
 def keep_for_later(home: Path, store: str) -> None:
     """Note in a workspace's directory that its staging has not reached the store."""
-    (home / "unsynced").write_text(store)
+    unnamed = home / ".unsynced"
+    unnamed.write_text(store)
+    unnamed.rename(home / "unsynced")  # whole or not at all, for it says where the staging is to go
+
+
+def waits_for_later(home: Path) -> bool:
+    """Whether a workspace's directory holds what has not reached its store.  One without a listing is about to be removed."""
+    return (home / "unsynced").exists() and (home / LISTING).exists()
 
 
 def unfinished(services: Services) -> list[wire.SyncWorkspace]:

@@ -280,6 +280,9 @@ def main(arguments: list[str]) -> int:
     supervisor.parts.RESET_S = 0.0  # a part that is killed a hundred times on purpose is started at once each time
     if arguments == ["process", "root"]:
         state, run_dir = os.environ["AERIE_STATE_DIR"], os.environ["AERIE_RUN_DIR"]
+        import actors.mount.syncer
+
+        actors.mount.syncer.RETRY_S = 1.0  # what could not be synced is tried again while the test waits
         operations = Operations(Path(os.environ["FAILPOINTS"]), state, run_dir)
         operations.wrap()
         sys.addaudithook(operations.hear)

@@ -202,6 +202,9 @@ FAILPOINTS: dict[str, tuple[str, ...]] = {
         "unmount RUN/tasks/TASK/root",
         "rmtree STATE/tasks/TASK/root",
         "halfway rmtree STATE/tasks/TASK/root",
+        "write STATE/tasks/TASK/workspace/synced",
+        "torn write STATE/tasks/TASK/workspace/synced",
+        "remove STATE/tasks/TASK/workspace/listing",
         "rmtree STATE/tasks/TASK/workspace",
         "halfway rmtree STATE/tasks/TASK/workspace",
         "rmtree RUN/tasks/TASK/bundle",
@@ -247,6 +250,16 @@ FAILPOINTS: dict[str, tuple[str, ...]] = {
     ),
     "stopped by force": ("signal SIGKILL", "commit UPDATE tasks.result TASK"),
     "stopped in the queue": ("commit UPDATE tasks.result TASK", "after commit UPDATE tasks.result TASK"),
+    "not synced": (
+        "write STATE/tasks/TASK/workspace/.unsynced",
+        "torn write STATE/tasks/TASK/workspace/.unsynced",
+        "rename STATE/tasks/TASK/workspace/unsynced",
+        "commit UPDATE tasks.result TASK",
+        "after commit UPDATE tasks.result TASK",
+        "unmount RUN/tasks/TASK/workspace",
+        "remove STATE/tasks/TASK/workspace/listing",
+        "halfway rmtree STATE/tasks/TASK/workspace",
+    ),
     "a new image": (
         "isolate image builder",
         "after isolate image builder",
@@ -302,6 +315,7 @@ KEEPER_TOO: dict[str, tuple[str, ...]] = {
         f"drop {FUSE}",
     ),
     "stopped": ("after commit UPDATE tasks.stop_cause cancelled TASK",),
+    "plain": (f"keep {HELD}",),
 }
 
 # one kill after the other in one task's life: while it recovers from one, the next one strikes

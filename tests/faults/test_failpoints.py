@@ -112,6 +112,22 @@ def stopped_in_the_queue(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
     assert not (daemon.state / "tasks" / task / "output").exists()
 
 
+def not_synced(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
+    """What could not be brought to its store is kept until it can."""
+    store = make_store(daemon, task)
+    daemon.submit("trap 'echo x >> ran; exit 7' TERM; echo ready; while :; do sleep 0.05; done", task=task, workspace=task)
+    wait_for_output(daemon, task, b"ready\n")
+    aside = store.rename(store.with_name(f"{task}-aside"))
+    store.write_text("in the way")
+    with kill(task):
+        result = stop(daemon, task)
+        assert (result.reason, result.exit_code, result.sync) == ("cancelled", 7, "sync_failed")
+        store.unlink()
+        aside.rename(store)
+        eventually(lambda: not (daemon.state / "tasks" / task / "workspace").exists())
+    check_store(daemon, store)
+
+
 def a_new_image(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
     image = push(
         daemon, task, member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755), member("name", task.encode())
@@ -155,6 +171,7 @@ SCENARIOS: dict[str, Callable[[ArmedDaemon, str, Kill], None]] = {
     "stopped": stopped,
     "stopped by force": stopped_by_force,
     "stopped in the queue": stopped_in_the_queue,
+    "not synced": not_synced,
     "a new image": a_new_image,
     "image mount": image_mount,
     "forgotten": forgotten,
