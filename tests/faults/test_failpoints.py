@@ -21,7 +21,7 @@ import pytest
 from actors.gateway.messages import TaskResult
 from tests.actors.image.images import RunningRegistry, member, tar
 from tests.faults.failpoints import FAILPOINTS, IN_A_ROW, KEEPER_TOO, ArmedDaemon, known, operations
-from tests.node.test_tasks import stop, wait_for_output, wait_running
+from tests.node.test_tasks import stop, wait_for_output
 
 CONTENT = os.urandom(200 << 10)  # too large to be fetched before the mount: the task reads it through LAZY
 LINES = 20
@@ -103,7 +103,7 @@ def stopped_by_force(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
 
 def stopped_in_the_queue(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
     first = daemon.submit("trap 'exit 0' TERM; while :; do sleep 0.05; done", task=f"{task}-first")
-    wait_running(daemon, first)
+    daemon.wait_running(first)
     daemon.submit(BEGIN + PRINT, task=task)
     with kill(task):
         result = stop(daemon, task)
