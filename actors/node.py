@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -29,19 +28,19 @@ from pathlib import Path
 
 from loguru import logger
 
+from actors.cleaning import begun_tasks, clean_up, forget_another_boot
 from actors.gateway.actor import Drain, GatewayActor
 from actors.gateway.local import listen
 from actors.gateway.messages import SOCKET_NAME
 from actors.image.actor import ImageActor
 from actors.image.messages import CloseImages
 from actors.layout import Layout
-from actors.lazytree import mounts
-from actors.lazytree.objects import Objects
 from actors.mount.messages import CleanupAll
-from actors.mount.supervisor import MountSupervisor, clean_stale
-from actors.mount.syncer import SyncerActor, waits_for_later
+from actors.mount.supervisor import MountSupervisor
+from actors.mount.syncer import SyncerActor
 from actors.output.actor import OutputActor
 from actors.records import MIGRATIONS
+from actors.recovered import Recovered
 from actors.sandbox.supervisor import SandboxSupervisor
 from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, PROGRESS_S, SANDBOXES, SYNCER, Services
 from actors.settings import Settings, load_settings
@@ -90,11 +89,14 @@ def main(argv_of: Callable[..., list[str]]) -> int:
     except SchemaTooNew as error:
         logger.error("{}", error)
         return EXIT_REFUSES
+    forget_another_boot(services)
     clean_up(services)
+    services.recovered.await_tasks(*begun_tasks(services))
     system = System(EventLog(layout.events).append, end_for)
     tree = root(system, services, ended=asked_to_end.set)
     tree.launch(next(system.generations), None)
     tree.begun.wait()
+    services.recovered.begun()
     # The main process is the keeper, who may be another one than the manager started.
     notify(f"READY=1\nMAINPID={services.descriptors.welcome.pid}")
     if services.descriptors.welcome.draining:
@@ -131,6 +133,7 @@ def gather(settings: Settings, layout: Layout, stand_in_argv: list[str], watcher
         isolation=Isolation(str(layout.run / "forkserver.sock")),
         watcher=watcher,
         processes=ProcessTable(),
+        recovered=Recovered(),
         boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
     )
 
@@ -175,36 +178,6 @@ def end_for(name: str) -> None:
     """End this process for an actor that hangs, for a thread cannot be killed; the keeper starts another one, which adopts all there is."""
     logger.error("{} hangs: this process ends, and the keeper starts another", name)
     os._exit(1)
-
-
-def clean_up(services: Services) -> None:
-    """Before anything is started: forget what another boot left, and remove what belongs to no task that is known."""
-    store, layout = services.store, services.layout
-    mark = layout.state / "boot"
-    if not mark.exists() or mark.read_text() != services.boot_id:
-        Path(services.settings.image.cache_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
-        objects = Objects(services.settings.image.cache_dir)
-        if removed := objects.forget_unsynced():
-            logger.warning("{} objects that a power cut may have torn are removed", removed)
-            store.write(("UPDATE contents SET complete = 0", ())).result()
-        objects.close()
-        store.write(("DELETE FROM leases", ())).result()
-        shutil.rmtree(layout.leases, ignore_errors=True)
-        mark.write_text(services.boot_id)
-    unreleased = {task for (task,) in store.read("SELECT task FROM tasks WHERE released = 0")}
-    known = {task for (task,) in store.read("SELECT task FROM tasks")}
-    clean_stale(services, unreleased)
-    for task in layout.known_tasks() - unreleased:
-        for mount in mounts.mounts_below(str(layout.task(task).volatile)):
-            mounts.unmount(mount.target, lazily=True)
-        if not mounts.mounts_below(
-            str(layout.task(task).volatile)
-        ):  # rmtree would go through a mount, and remove what is on it
-            shutil.rmtree(layout.task(task).volatile, ignore_errors=True)
-        if not waits_for_later(layout.task(task).workspace_home):
-            shutil.rmtree(layout.task(task).workspace_home, ignore_errors=True)
-            if task not in known:
-                shutil.rmtree(layout.task(task).durable, ignore_errors=True)
 
 
 def drain(system: System, services: Services, tree: Root) -> None:

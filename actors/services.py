@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from actors.layout import Layout
+from actors.recovered import Recovered
 from actors.settings import Settings
 from supervisor.descriptors import Descriptors
 from supervisor.isolation import Isolation
@@ -37,4 +38,5 @@ class Services:
     isolation: Isolation
     watcher: Watcher
     processes: ProcessTable
+    recovered: Recovered
     boot_id: str

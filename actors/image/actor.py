@@ -98,6 +98,7 @@ class ImageActor(Actor):
                 for mount in mounts.mounts_below(str(entry)):
                     logger.warning("{} is mounted for nobody; it is unmounted", mount.target)
                     mounts.unmount(mount.target, lazily=True)
+                    self._services.recovered.cleaned("mount")
                 entry.rmdir()
 
     def _find_leases(self) -> dict[str, str]:

@@ -79,6 +79,7 @@ class SandboxActor(Actor):
 
     def on_begin(self) -> None:
         found = look(self._services, self._task, lambda number: self._host.attempt(self._task, number, self._spec.runtime))
+        self._services.recovered.found(self._task, found.how)
         self._take(found)
         self._life, effects = begin(self._life.facts | found.facts, found.phase)
         if found.phase is not Phase.PREPARING:

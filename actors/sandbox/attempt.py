@@ -129,16 +129,19 @@ def undo(attempt: Attempt) -> None:
     The output stays; it belongs to the result.
     """
     layout = attempt.layout
-    monitored = conmon.find(attempt.container)
-    attempt.cgroup.kill(DELETE_TIMEOUT_S)
-    conmon.delete(attempt.container, DELETE_TIMEOUT_S, force=True)
-    attempt.cgroup.remove()
-    if monitored is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(monitored.conmon_pid, signal.SIGKILL)  # it would end by itself, but not before what is removed now
+    end(attempt)
     mounts.unmount(str(layout.root), lazily=True)
     # Only what is the container's own: the workspace may still be mounted beside it, and must not be walked into.
     for directory in (layout.root_upper.parent, layout.bundle, layout.monitor):
         shutil.rmtree(directory, ignore_errors=True)
     layout.attempt_lock.unlink(missing_ok=True)
     layout.remove_mount_points(layout.root)
+
+
+def end(attempt: Attempt) -> None:
+    """End and delete the container, if there is one, and its conmon.  Raises OSError, ContainerError, TimeoutError."""
+    # First conmon, which may be in the middle of creating what is looked for below.
+    conmon.end(attempt.container, DELETE_TIMEOUT_S)
+    attempt.cgroup.kill(DELETE_TIMEOUT_S)
+    conmon.delete(attempt.container, DELETE_TIMEOUT_S, force=True)
+    attempt.cgroup.remove()

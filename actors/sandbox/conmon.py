@@ -183,6 +183,23 @@ def delete(container: Container, timeout_s: float, force: bool = False) -> None:
         raise ContainerError(f"{container.runtime.name} could not delete the container {container.id}: {done.stderr.strip()}")
 
 
+def end(container: Container, timeout_s: float) -> None:
+    """SIGKILL to its conmon, also to one that is only being started; a runtime at its work dies with it.  Raises TimeoutError."""
+    deadline = time.monotonic() + timeout_s
+    while pidfds := _conmons_of(container):
+        try:
+            for pidfd in pidfds:
+                signal_process(pidfd, signal.SIGKILL)
+            for pidfd in pidfds:
+                waiting = select.poll()
+                waiting.register(pidfd, select.POLLIN)
+                if not waiting.poll(_left_s(deadline) * 1000):
+                    raise TimeoutError(f"conmon of the container {container.id} does not end, killed as it is")
+        finally:
+            for pidfd in pidfds:
+                os.close(pidfd)
+
+
 def state(container: Container, timeout_s: float) -> State | None:
     """What the runtime knows of the container; None when nothing.  Raises ContainerError when it does not answer."""
     done = _run(container, ["state", container.id], timeout_s)
@@ -265,6 +282,33 @@ def _conmon_of(container: Container) -> int | None:
             return pidfd
     os.close(pidfd)
     return None
+
+
+def _conmons_of(container: Container) -> list[int]:
+    """Pidfds of the container's conmon; of all that there are, as long as none has written its pid down."""
+    if not container.monitor.exists():
+        return []
+    if container.conmon_pid_file.exists():
+        pidfd = _conmon_of(container)
+        return [] if pidfd is None else [pidfd]
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and _is_conmon_of(container, entry):
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = open_pidfd(int(entry))
+                if _is_conmon_of(container, entry):  # and not another process, that has its pid since
+                    found.append(pidfd)
+                else:
+                    os.close(pidfd)
+    return found
+
+
+def _is_conmon_of(container: Container, pid: str) -> bool:
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return container.id.encode() in arguments and os.fsencode(container.monitor) in arguments
 
 
 def _answer(reader: int, deadline: float) -> tuple[int, str]:

@@ -41,6 +41,7 @@ class SandboxHost:
     def filter(self) -> bundle.Filter:
         return self._filter
 
-    def remove_groups(self) -> None:
-        """Remove the parent of all groups, which is empty once no task has one."""
-        cgroup.Cgroup(self._parent, self._hierarchies).remove()
+    def groups(self) -> set[str]:
+        """The containers that have a control group, by their ids."""
+        places = [directory for directory in cgroup.Cgroup(self._parent, self._hierarchies).directories if directory.is_dir()]
+        return {group.name for place in places for group in place.iterdir() if group.is_dir()}

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from actors.gateway.messages import TaskResult
+from actors.recovered import How
 from actors.sandbox import attempt as making
 from actors.sandbox import conmon
 from actors.sandbox.attempt import Attempt, held
@@ -52,6 +53,15 @@ class Found:
     seen: list[Fact] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
     result: TaskResult | None = None
+
+    @property
+    def how(self) -> How:
+        """In a word, for the account of a start."""
+        if self.record.error is not None:
+            return "lost"
+        if self.phase is Phase.PREPARING:
+            return "begun anew"
+        return "finished" if Fact.ENDED in self.facts else "adopted"
 
 
 def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) -> Found:

@@ -266,7 +266,7 @@ def operation_name(operation: str, task: str) -> str:
     name = re.sub(r"sha256[:-][0-9a-f]{64}", "DIGEST", name)
     name = re.sub(r"mount-[0-9a-f]{8}-\d+-\d+-[0-9a-f]+", "LEASE", name)
     name = re.sub(r"/[0-9a-f]{2}(?=$| )", "/PREFIX", name)
-    name = re.sub(r"\.sock\.\d+", ".sock.PID", name)
+    name = re.sub(r"RUN/\.\d+", "RUN/.PID", name)
     return re.sub(r"127\.0\.0\.1:\d+/\S+", "IMAGE", name)
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from actors.gateway.messages import TaskResult
 from tests.actors.image.images import RunningRegistry, member, tar
-from tests.faults.failpoints import FAILPOINTS, IN_A_ROW, KEEPER_TOO, ArmedDaemon, known, operations
+from tests.faults.failpoints import FAILPOINTS, IN_A_ROW, KEEPER_TOO, WITH_KEEPER_IN_A_ROW, ArmedDaemon, known, operations
 from tests.node.test_tasks import stop, wait_for_output
 
 CONTENT = os.urandom(200 << 10)  # too large to be fetched before the mount: the task reads it through LAZY
@@ -304,6 +304,11 @@ def test_killed_with_its_keeper_at(shared: Shared, scenario: str, point: str) ->
 @pytest.mark.parametrize("scenario", IN_A_ROW_SCENARIOS)
 def test_killed_again_while_it_recovers(shared: Shared, scenario: str) -> None:
     run(shared, IN_A_ROW_SCENARIOS[scenario], *IN_A_ROW[scenario])
+
+
+def test_killed_again_with_its_keeper_while_it_recovers(shared: Shared) -> None:
+    [(scenario, points)] = WITH_KEEPER_IN_A_ROW.items()
+    run(shared, IN_A_ROW_SCENARIOS[scenario], *points, keeper=True)
 
 
 def test_killed_again_and_again_at_its_first_start_and_in_its_drain(

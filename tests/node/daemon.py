@@ -20,6 +20,7 @@ from actors.gateway.client import Client
 from actors.gateway.messages import Ended, Submit, TaskResult, TaskSpec, Tree, TreeShown, Wait
 from actors.lazytree.mounts import mounts_below, unmount
 from actors.output.follower import Follower
+from supervisor.lockfile import holder_of
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run.py"
 PATIENCE_S = 60.0
@@ -208,12 +209,20 @@ class Daemon:
                     pass
         return found
 
-    def groups(self) -> list[Path]:
-        """Its control groups, in every hierarchy."""
+    def group_parents(self) -> list[Path]:
+        """The directory of its control groups, in every hierarchy."""
         name = f"aerie-{hashlib.sha256(str(self.state).encode()).hexdigest()[:8]}"
         # Not through all of the tree: other daemons' groups come and go while it is walked.
         hierarchies = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*/")]
-        return [group for hierarchy in hierarchies for group in (hierarchy / name).glob("*/")]
+        return [parent for hierarchy in hierarchies if (parent := hierarchy / name).is_dir()]
+
+    def groups(self) -> list[Path]:
+        """Its control groups, in every hierarchy."""
+        return [group for parent in self.group_parents() for group in parent.glob("*/")]
+
+    def root_is_gone(self) -> bool:
+        """Whether no root supervisor of its lives."""
+        return holder_of(self.run_dir / "root.lock") == 0
 
     def wait_released(self) -> None:
         """Wait until everything that tasks had is given back."""

@@ -1,0 +1,129 @@
+"""Whoever waits for a task at its daemon goes on where it was when the daemon dies and is started again: no line lost, none doubled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.test_kills import wait_for_lines
+from tests.node.daemon import PATIENCE_S, PROGRAM, Daemon, running
+
+LINES = 150
+SCRIPT = f"i=0; while [ $i -lt {LINES} ]; do i=$((i+1)); echo out $i; echo err $i >&2; sleep 0.02; done; exit 7"
+OUT, ERR = ("".join(f"{word} {number}\n" for number in range(1, LINES + 1)).encode() for word in ("out", "err"))
+
+
+@pytest.fixture
+def own(tmp_path: Path, image: str) -> Iterator[Daemon]:
+    """A daemon of the test's own, with no more places than the task that is followed, `submit --wait` and half a batch need."""
+    with running(tmp_path, image, AERIE_GATEWAY_PARALLEL="4") as started:
+        yield started
+
+
+class Clients:
+    """Commands that are run at the same time."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *arguments: str, stdin: bytes = b"") -> None:
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, *arguments],
+            env=self._daemon.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdin is not None
+        process.stdin.write(stdin)
+        process.stdin.close()
+        process.stdin = None
+        self._running[name] = process
+
+    def wait_connected(self) -> None:
+        """Wait until each has a socket, which is the daemon's."""
+        deadline = time.monotonic() + PATIENCE_S
+        for process in self._running.values():
+            while not any(is_socket(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+
+    def end(self, name: str) -> tuple[bytes, bytes, int]:
+        process = self._running.pop(name)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        return stdout, stderr, process.returncode
+
+
+def is_socket(link: Path) -> bool:
+    try:
+        return os.readlink(link).startswith("socket:")
+    except FileNotFoundError:
+        return False
+
+
+def lines(*tasks: tuple[str, int], image: str) -> bytes:
+    rows = [{"image": image, "command": ["/bin/sh", "-c", f"sleep 1; exit {code}"], "id": task} for task, code in tasks]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize("away_s", [0.0, 1.5])
+def test_they_outlast_keeper_and_root_supervisor(own: Daemon, away_s: float) -> None:
+    clients, task = Clients(own), own.submit(SCRIPT, task="followed")
+    wait_for_lines(own, task, 10)
+    clients.start("logs", "logs", "-f", task)
+    clients.start("json", "logs", "-f", "--json", task)
+    clients.start("result", "result", "--wait", "60s", "--json", task)
+    clients.start("submit", "submit", "--wait", "--id", "submitted", own.image, "--", "/bin/sh", "-c", SCRIPT)
+    clients.start("batch", "batch", "--parallel", "3", "-", stdin=lines(*((f"line-{n}", n) for n in range(1, 7)), image=own.image))
+    clients.start("stop", "stop", "--json", own.submit("trap '' TERM; sleep 2; exit 4", task="stopped"))
+    clients.wait_connected()
+    wait_for_lines(own, "submitted", 5)
+    for pid in (own.pid_of("keeper"), own.pid_of("root supervisor")):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(away_s)  # how long nobody starts it
+    own.start()
+    assert clients.end("logs") == (OUT, ERR, 0)
+    stdout, stderr, code = clients.end("json")
+    shown: dict[str, str] = {"stdout": "", "stderr": ""}
+    for row in map(json.loads, stdout.splitlines()):
+        shown[row["stream"]] += row["text"]
+    assert (shown["stdout"].encode(), shown["stderr"].encode(), stderr, code) == (OUT, ERR, b"", 0)
+    stdout, stderr, code = clients.end("result")
+    assert (json.loads(stdout)["exit_code"], stderr, code) == (7, b"", 0)
+    assert clients.end("submit") == (OUT, ERR, 7)
+    stdout, stderr, code = clients.end("batch")
+    results = [json.loads(line) for line in stdout.splitlines()]
+    assert ({row["task"]: row["exit_code"] for row in results}, len(results)) == ({f"line-{n}": n for n in range(1, 7)}, 6)
+    assert (stderr, code) == (b"", 0)
+    stdout, stderr, code = clients.end("stop")
+    assert (json.loads(stdout)["reason"], stderr, code) == ("cancelled", b"", 0)
+
+
+def test_a_task_that_ends_while_nobody_is_there_is_followed_to_its_end(own: Daemon) -> None:
+    clients = Clients(own)
+    task = own.submit("i=0; while [ $i -lt 100 ]; do i=$((i+1)); echo out $i; sleep 0.02; done; printf end; exit 3")
+    wait_for_lines(own, task, 5)
+    clients.start("logs", "logs", "-f", task)
+    clients.start("result", "result", "--wait", "60s", "--json", task)
+    clients.wait_connected()
+    for pid in (own.pid_of("keeper"), own.pid_of("root supervisor")):
+        os.kill(pid, signal.SIGKILL)
+    journal = own.state / "tasks" / task / "output" / "journal"
+    deadline = time.monotonic() + PATIENCE_S
+    while b" P end" not in journal.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    own.start()
+    expected = b"".join(b"out %d\n" % number for number in range(1, 101)) + b"end"
+    assert clients.end("logs") == (expected, b"", 0)
+    stdout, _, code = clients.end("result")
+    assert (json.loads(stdout)["exit_code"], code) == (3, 0)
