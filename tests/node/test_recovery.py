@@ -80,10 +80,13 @@ def test_each_task_is_dealt_with_as_it_stands(tmp_path: Path, image: str) -> Non
 
         def meanwhile() -> None:
             # One ends while nobody looks; of one all who could know of it are gone.
-            for pid in container_processes(daemon, ending):
-                os.kill(pid, signal.SIGTERM)
-            for pid in [*conmons(daemon, lost), *container_processes(daemon, lost)]:
-                os.kill(pid, signal.SIGKILL)
+            for number, pids in (
+                (signal.SIGTERM, container_processes(daemon, ending)),
+                (signal.SIGKILL, [*conmons(daemon, lost), *container_processes(daemon, lost)]),
+            ):
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
             eventually(lambda: not conmons(daemon, ending) and not conmons(daemon, lost))
 
         assert start_again(daemon, meanwhile) == (
