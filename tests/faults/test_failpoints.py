@@ -319,7 +319,7 @@ def test_killed_again_and_again_at_its_first_start_and_in_its_drain(
         with daemon.killed_at("task-one", *IN_A_ROW["the first start"]):
             daemon.start()
             check_ended(daemon, daemon.result(daemon.submit(BEGIN + PRINT, task="task-one")))
-        daemon.submit("trap '' TERM; echo ready; while :; do sleep 0.05; done", task="task-two")
+        daemon.submit("trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done", task="task-two")
         wait_for_output(daemon, "task-two", b"ready\n")
         with daemon.killed_at("task-two", *IN_A_ROW["a drain"]):
             assert daemon.stop() == 0
