@@ -143,8 +143,8 @@ class Build:
             return None  # an archive that is damaged is replaced
         if not complete and not self._order.lazy:
             return None
-        # Another builder may have published them this very moment.
-        objects.sync()
+        if complete:
+            objects.sync()  # another builder may have published them this very moment
         return Built(digest, archive.path, archive.info.objects, archive.info.unpacked_bytes, 0, complete)
 
     def _build(self, registry: Registry, digest: str, platform: Platform, objects: Objects) -> Built:

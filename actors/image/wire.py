@@ -69,7 +69,7 @@ class Resolved(Message, frozen=True):
 
 
 class Built(Message, frozen=True):
-    """The archive is here, and so is the image's content, unless not `complete`; what is here is durable.
+    """The archive is here, and so is the image's content, durable, unless not `complete`.
 
     `layer_bytes`: compressed bytes read from the registry, 0 when the archive was here.  `unpacked_bytes`: of all objects, holes
     not counted.
