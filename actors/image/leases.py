@@ -26,17 +26,20 @@ class Leases:
 
     def take(self, lease: str, digest: str) -> None:
         """Take a lease, or move the one of that name to another image."""
-        temporary = self._directory / f".{quote(lease, safe='')}"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(digest)
-        temporary.rename(self._path(lease))
+        try:
+            self._path(lease).symlink_to(digest)
+        except FileExistsError:
+            if os.readlink(self._path(lease)) != digest:
+                self._path(lease).unlink()
+                self._path(lease).symlink_to(digest)
 
     def give_back(self, lease: str) -> None:
         """No error when it is not held."""
         self._path(lease).unlink(missing_ok=True)
 
     def _path(self, lease: str) -> Path:
-        return self._directory / quote(lease, safe="")
+        name = quote(lease, safe="")
+        return self._directory / (f"%2E{name[1:]}" if name.startswith(".") else name)
 
 
 def task_of(lease: str) -> str | None:

@@ -212,6 +212,43 @@ def test_a_command_that_cannot_be_fetched_says_why(tmp_path: Path, big: Big) -> 
         assert result.error and "a read failed" in result.error, result
 
 
+def test_a_task_that_waits_for_a_silent_registry_is_stopped_at_once(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big) as daemon:
+        out(daemon, "true")
+        big.proxy.on("", silent())
+        reading, executing = daemon.submit("cat /data/50"), daemon.submit(["/data/51"])
+        daemon.wait_running(reading)
+        wait_for(lambda: queued(lazy_layer(daemon).minor) >= 2)
+        begun = time.monotonic()
+        for task in (reading, executing):
+            daemon.client.ask(Stop(daemon.client.number(), task, force=True), timeout_s=20)
+        assert {daemon.result(task).reason for task in (reading, executing)} <= {"cancelled", None}
+        assert time.monotonic() - begun < 10  # the reads have 30 s
+
+
+def test_a_daemon_that_stops_waits_for_no_registry(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big, AERIE_DAEMON_DRAIN_TIMEOUT="1s") as daemon:
+        out(daemon, "true")
+        big.proxy.on("", silent())
+        daemon.wait_running(daemon.submit("cat /data/50"))
+        wait_for(lambda: queued(lazy_layer(daemon).minor) >= 1)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 15
+
+
+def test_an_image_is_mounted_and_unmounted_again_and_again(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big, AERIE_IMAGE_IDLE_UNMOUNT="0s") as daemon:
+        for number in range(12):
+            assert out(daemon, f"md5sum /data/{number}").split()[0] == md5(number)
+        tasks = [daemon.submit(f"md5sum /data/{number}") for number in range(12, 24)]
+        for number, task in enumerate(tasks, 12):
+            assert daemon.result(task).exit_code == 0
+            assert daemon.logs(task)[0].split()[0].decode() == md5(number)
+        wait_without(daemon, f"image mount {big.reference}")
+        daemon.wait_released()
+        assert not mounts_below(str(daemon.run_dir / "images"))
+
+
 # --- kills
 
 
