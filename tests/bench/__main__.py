@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.bench import indexing, restarts, tasks, trees
+from tests.bench import indexing, lazy, restarts, stall, tasks, trees, workspaces
 from tests.bench.site import Site
 from tests.bench.table import Row, as_json, table
 
@@ -17,6 +17,9 @@ PARTS: dict[str, Callable[[Site], Iterator[Row]]] = {
     "tasks": tasks.rows,
     "trees": trees.rows,
     "indexing": indexing.rows,
+    "lazy": lazy.rows,
+    "workspaces": workspaces.rows,
+    "stall": stall.rows,
     "restarts": restarts.rows,
 }
 

@@ -74,11 +74,18 @@ class Site:
             (rootfs / "bin" / applet).symlink_to("busybox")
         return Floor(rootfs, self.home / "floor")
 
-    def new_daemon(self, image: str) -> Daemon:
+    def archived(self, image: str) -> str:
+        """A directory of archives, with that of the image, which another daemon has built: none of its content is here."""
+        builder = self.new_daemon(image)
+        builder.run(["/bin/true"])
+        builder.wait_released()
+        return str(builder.state / "images/archives")
+
+    def new_daemon(self, image: str, **settings: str) -> Daemon:
         """A daemon of its own, with empty stores."""
         home = self.home / f"d{len(self._daemons)}"
         home.mkdir()
-        daemon = Daemon(home, image)
+        daemon = Daemon(home, image, **settings)
         daemon.start()
         self._daemons.append(daemon)
         return daemon

@@ -5,7 +5,8 @@ its container and works there, so what it meets are the task's own mounts, and n
 The plain side is an overlay, writable as the task's is, of the unpacked directory, in which a process of the same kind works.  Both
 take turns.
 
-The first task begins with nothing cached; the figures that have a goal are those of a second one, mounted when all content was.
+The first task begins with nothing but the image's archive, and everything is fetched when it is read; the figures that have a goal are
+those of a second one, mounted when all content was cached.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from actors.image.archive import Archive
 from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import ObjectTable
@@ -113,9 +115,8 @@ def works(root: str, files: list[str]) -> dict[str, tuple[str, Any]]:
 
 def rows(site: Site) -> Iterator[Row]:
     with ExitStack() as stack:
-        site.debian_repository  # noqa: B018 (so that the first task finds it there)
         plain = plain_tree(site, stack)
-        daemon = site.new_daemon(site.debian_image)
+        daemon = site.new_daemon(site.debian_image, AERIE_IMAGE_ARCHIVE_DIR=site.archived(site.debian_image))
         site.say("copying a workspace")
         store = daemon.state / "workspaces/tree"
         store.parent.mkdir(exist_ok=True)
@@ -145,16 +146,19 @@ def rows(site: Site) -> Iterator[Row]:
 
 
 def wait_cached(site: Site, daemon: Daemon, task: str) -> None:
-    """Wait until every object of the workspace is in OBJECTS; a few may not be, when a server was killed: to our disadvantage."""
+    """Wait until every object of both trees is in OBJECTS; a few may not be, when a server was killed: to our disadvantage."""
     objects = Objects(str(daemon.state / "images/cache"))
-    table = ObjectTable(str(daemon.state / "tasks" / task / "workspace/table"))
-    deadline = time.monotonic() + 20
-    while missing := [index for index in range(len(table)) if not objects.has(table.row(index).key)]:
+    [archive] = Path(daemon.environment["AERIE_IMAGE_ARCHIVE_DIR"]).iterdir()
+    tables = [Archive.open(str(archive)).objects(), ObjectTable(str(daemon.state / "tasks" / task / "workspace/table"))]
+    keys = [table.row(index).key for table in tables for index in range(len(table))]
+    deadline = time.monotonic() + 30
+    while missing := sum(not objects.has(key) for key in keys):
         if time.monotonic() > deadline:
-            site.say(f"{len(missing)} of {len(table)} objects are not cached")
+            site.say(f"{missing} of {len(keys)} objects are not cached")
             break
         time.sleep(0.2)
-    table.close()
+    for table in tables:
+        table.close()
     objects.close()
 
 
