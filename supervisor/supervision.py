@@ -124,7 +124,7 @@ class Supervision:
                 self._end(exit)
             case Tick(due_s):
                 self._tick(due_s)
-            case Call(request, asker) if type(request) in CALLS and self.phase is not Phase.ENDED:
+            case Call(request, asker) if self.phase is not Phase.ENDED:
                 CALLS[type(request)](self, request, asker)
             case Call(_, asker):
                 self._effects.append(Refuse(asker, "the supervisor has ended"))
@@ -377,7 +377,6 @@ class Supervision:
             return
         self.phase, self._exit = Phase.ENDING, exit
         self._deadlines.drop(LANE)
-        self._to_start.clear()
         self._to_stop = list(self.children)
         for child in self.children.values():
             if child.state is State.RESTARTING:
@@ -517,20 +516,12 @@ class Supervision:
     def _start_by_hand(self, child: Child, *askers: Any) -> None:
         child.askers += askers
         child.windows.clear()  # who starts it by hand has mended what there was
-        if self._in_lane():
-            self._enter(child, State.RESTARTING)
+        if self.flags.strategy.grouped or self.phase in (Phase.NEW, Phase.STARTING):
+            self._enter(child, State.RESTARTING)  # in its turn, which may be now
             waiting = {*self._to_start, child.spec.id}
             self._to_start = deque(id for id in self.children if id in waiting)
         else:
             self._launch(child)
-
-    def _in_lane(self) -> bool:
-        """Whether a child that is started now has to wait for the others."""
-        if self.phase in (Phase.NEW, Phase.STARTING):
-            return True
-        lane = bool(self._to_stop or self._to_start or LANE in self._deadlines)
-        turn = self.children.get(self._turn or LANE)
-        return self.flags.strategy.grouped and (lane or (turn is not None and turn.state in BUSY))
 
 
 Handler = Callable[[Supervision, Child, Any], None]

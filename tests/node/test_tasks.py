@@ -23,6 +23,17 @@ def out(daemon: Daemon, script: str, **changes: object) -> str:
     return stdout.decode()
 
 
+def test_what_happened_to_a_task_s_actors_is_written_down(daemon: Daemon) -> None:
+    task = daemon.submit("true", workspace="written-down")
+    daemon.result(task)
+    daemon.wait_released()
+    events = json.loads(daemon.command("events", "--json", "-n", "1000").stdout)
+    for child, supervisor in ((f"sandbox {task}", "sandboxes"), (f"mount {task}", "mounts")):
+        found = [(event["supervisor"], event["what"], event["cause"]) for event in events if event["child"] == child]
+        assert found[0] == (supervisor, "started", "normal")
+        assert found[-1] == (supervisor, "ended", "normal")
+
+
 # --- what a task finds ---
 
 

@@ -472,6 +472,7 @@ def test_otp_41_one_for_one() -> None:
     world.exits("a")
     assert world.take() == ["down a", "tell b", "down b"]
     assert world.down == Exit(Cause.SHUTDOWN, "TooManyRestarts: more than 2 in 3600 s; the last is a (ValueError: no)")
+    assert world.whats("a")[-1] is What.TOO_MANY_RESTARTS
 
 
 def test_otp_42_one_for_one_escalation() -> None:

@@ -62,6 +62,16 @@ def test_one_s_pause_holds_nobody_up() -> None:
     assert world.states() == {"a": State.RUNNING, "b": State.RUNNING}
 
 
+def test_a_slow_start_holds_nobody_up() -> None:
+    world = World(child("a"), child("b"))
+    world.begins["b"] = [LATER]
+    world.exits("b")
+    world.take()
+    assert world.call(StartChild(child("c"))).state is State.RUNNING
+    world.exits("a")
+    assert world.take() == ["start c", "down a", "start a"]
+
+
 def test_a_group_waits_for_the_pause_when_it_is_down() -> None:
     world = World(child("a"), child("b"), flags=flags(Strategy.ONE_FOR_ALL, backoff_s=(2.0,)))
     world.take()
@@ -348,3 +358,35 @@ def test_who_waits_for_a_start_is_refused_when_the_supervisor_ends() -> None:
     world.end()
     assert str(world.answers[asked]) == "the supervisor ends"
     assert world.refusal(StartChild(child("b"))) == "the supervisor has ended"
+
+
+def test_a_child_that_could_not_be_started_by_hand_is_tried_again_when_its_group_is() -> None:
+    world = World(child("a"), child("b"), flags=flags(Strategy.REST_FOR_ONE))
+    world.call(TerminateChild("b"))
+    world.begins["b"] = [FAILS, FAILS]
+    world.refusal(RestartChild("b"))
+    assert world.states()["b"] is State.DOWN
+    world.exits("a")
+    assert world.states() == {"a": State.RUNNING, "b": State.RUNNING}
+
+
+def test_an_end_for_good_is_reported_too() -> None:
+    for restart in (Restart.TRANSIENT, Restart.TEMPORARY):
+        world = World(child("a", restart))
+        world.exits("a", NORMAL)
+        assert world.whats("a") == [What.STARTED, What.ENDED]
+        assert world.reports[-1].pause_s is None
+
+
+def test_a_child_that_must_be_is_checked_as_well() -> None:
+    world = World()
+    assert "auto_shutdown is never" in world.refusal(EnsureChild(child("a", Restart.TRANSIENT, significant=True)))
+    assert world.rows() == {}
+
+
+def test_a_child_that_had_nothing_to_do_at_first_is_tried_again_when_its_group_is() -> None:
+    world = World(child("a"), child("b"), flags=flags(Strategy.ONE_FOR_ALL), begin=False)
+    world.begins["b"] = [NORMAL, FAILS]
+    world.begin()
+    world.exits("a")
+    assert world.states() == {"a": State.RUNNING, "b": State.RUNNING}

@@ -220,7 +220,7 @@ def test_pauses_grow_and_begin_anew_after_a_long_life(grove: Grove) -> None:
     """The pauses are what `restarts` says, and are kept: measured from an end to the next beginning."""
     moments: list[tuple[str, float]] = []
     note: Callable[[str], Callable[[Puppet], None]] = lambda what: lambda puppet: moments.append((what, time.monotonic()))
-    flags = Flags(intensity=None, period_s=0.4, backoff_s=(0.0, 0.05, 0.3))
+    flags = Flags(intensity=None, period_s=0.4, backoff_s=(0.0, 0.05, 0.3), jitter=0.0)
     grove.plant(grove.spec("a", begin=note("begin"), end=note("end")), flags=flags)
     for _ in range(4):
         assert grove.log.next() == ("begin", "a")
