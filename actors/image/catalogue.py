@@ -118,10 +118,10 @@ class Catalogue:
         return self.images[digest]
 
     def note_complete(self, image: Image, complete: bool) -> None:
-        """All content of the image is here and durable, if `complete`."""
-        if complete and not image.complete:
-            image.complete = True
-            self._store.write(("UPDATE contents SET complete = 1 WHERE digest = ?", (image.digest,)))
+        """Whether all content of the image is here and durable."""
+        if complete != image.complete:
+            image.complete = complete
+            self._store.write(("UPDATE contents SET complete = ? WHERE digest = ?", (int(complete), image.digest)))
 
     def remove(self, image: Image) -> None:
         """The archive of an image cannot be used any more."""

@@ -168,6 +168,20 @@ def wait_without(daemon: Daemon, process: str, timeout_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+def test_a_cache_that_somebody_emptied_is_filled_again(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big, AERIE_IMAGE_IDLE_UNMOUNT="0s") as daemon:
+        for _ in range(2):
+            out(daemon, "cat /data/* /large /bin/busybox | wc -c")
+            wait_without(daemon, f"image mount {big.reference}")
+            daemon.wait_released()
+        assert moved(big) < big.bytes * 1.1
+        for directory in (daemon.state / "images/cache").iterdir():
+            if directory.is_dir():
+                for file in directory.iterdir():
+                    file.unlink()
+        assert out(daemon, "md5sum /data/9").split()[0] == md5(9)
+
+
 def test_image_mount_gives_a_lazy_root(tmp_path: Path, big: Big) -> None:
     with cold(tmp_path, big) as daemon:
         mounted = json.loads(daemon.command("image", "mount", "--json", big.reference).stdout)
