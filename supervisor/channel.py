@@ -89,6 +89,12 @@ class Channel:
                 os.close(descriptor)
             raise
 
+    def readable(self) -> bool:
+        """Whether `receive` would not wait."""
+        waiting = select.poll()
+        waiting.register(self.socket, select.POLLIN)
+        return bool(waiting.poll(0))
+
     def _wait(self, events: int, deadline: float | None) -> None:
         # poll(2) and MSG_DONTWAIT, never settimeout(): O_NONBLOCK would be shared with whoever else holds this socket
         # (the keeper's copy), and the time-out with every other thread that uses this object.

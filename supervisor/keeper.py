@@ -34,7 +34,6 @@ from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import FrameError, Message
 from supervisor.held import Held
 from supervisor.keeping import (
-    FROM_KEEPER,
     TO_KEEPER,
     AskState,
     Dismiss,
@@ -51,16 +50,17 @@ from supervisor.keeping import (
     Yielded,
     lock_beside,
 )
-from supervisor.lockfile import LockFile, evict, sign_of
+from supervisor.lockfile import LockFile
 from supervisor.parts import Part, how
-from supervisor.pidfd import open_pidfd, set_child_subreaper
+from supervisor.pidfd import set_child_subreaper
 from supervisor.pulse import BEAT_S, LOOK_S
 from supervisor.replacing import Replacing
-from supervisor.sockets import connect_to, listen_at
+from supervisor.sockets import listen_at
+from supervisor.succession import AlreadyRunning, succeed
 
 EXIT_REFUSES = 78  # EX_CONFIG: the root supervisor says that starting it again would end the same way
 EXIT_RUNNING = 3
-TAKE_S = 10.0  # how long a living keeper may take to give up its place
+START_S = 30.0  # how long a root supervisor may take until it says Hello, when a drain waits for it
 STOP_S = 5.0  # how long the fork server may take to end
 
 
@@ -103,7 +103,7 @@ class Keeper:
         self._root = Part("root supervisor", plan.directory / "root.lock", plan.root_argv)
         self._parts = (self._fork_server, self._root)
         self._replacing = Replacing(
-            self._selector, self._held, plan.fork_server_socket, self._tell_root, self._kill_fork_server, say
+            self._selector, self._held, plan.fork_server_socket, self._tell_root, self._kill_fork_server, self._hear_root, say
         )
         self._look_s = self._beat_s = 0.0
         self._told_to_drain = False
@@ -154,7 +154,7 @@ class Keeper:
         self._renew = False
         if self._draining and now > self._drain_deadline:
             say("the drain takes too long: the root supervisor is killed, and started again to go on with it")
-            self._drain_deadline = now + self._plan.drain_timeout_s
+            self._drain_deadline = now + START_S + self._plan.drain_timeout_s
             self._root.signal(signal.SIGKILL)
 
     def _look_and_beat(self) -> None:
@@ -246,6 +246,8 @@ class Keeper:
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(channel))
 
     def _serve(self, channel: Channel) -> None:
+        if not channel.readable():
+            return  # it has been heard already (`_hear_root`)
         try:
             self._answer(channel, *channel.receive(0))
         except (ChannelClosed, ChannelTimeout):
@@ -269,6 +271,8 @@ class Keeper:
                 self._hand_over(channel)
                 self._greeted = channel
                 if self._draining:
+                    # Only now can it begin: what it took to start, on a machine with much to do, is not its drain's.
+                    self._drain_deadline = time.monotonic() + self._plan.drain_timeout_s
                     self._root.signal(signal.SIGTERM)
             case AskState():
                 root, fork_server = self._root, self._fork_server
@@ -296,6 +300,11 @@ class Keeper:
         if self._greeted is not None:
             with contextlib.suppress(ChannelClosed, ChannelTimeout):
                 self._greeted.send(message, descriptors, timeout_s=0)
+
+    def _hear_root(self) -> None:
+        """Do all that the root supervisor has said."""
+        while (channel := self._greeted) is not None and channel.readable():
+            self._serve(channel)
 
     def _kill_fork_server(self) -> None:
         self._fork_server.signal(signal.SIGKILL)
@@ -338,7 +347,7 @@ def run_keeper(plan: Plan, take_over: bool = False, stand_in: bool = False) -> i
             return EXIT_RUNNING  # somebody was faster
     else:
         try:
-            taken = take_place(plan, lock, take_over)
+            taken = succeed(plan.socket, lock, take_over, say)
         except AlreadyRunning as error:
             say(str(error))
             return EXIT_RUNNING
@@ -346,66 +355,6 @@ def run_keeper(plan: Plan, take_over: bool = False, stand_in: bool = False) -> i
     for kept, descriptors in taken:
         keeper.take(kept, descriptors)
     return keeper.run()
-
-
-class AlreadyRunning(Exception):
-    """A keeper that somebody started lives; the text names its pid."""
-
-
-def take_place(plan: Plan, lock: LockFile, take_over: bool) -> list[tuple[Kept | Stand, list[int]]]:
-    """Acquire the keeper's lock, from nobody or from a living keeper that gives up its place → what that one held.
-
-    Raises AlreadyRunning.
-    """
-    deadline = time.monotonic() + TAKE_S
-    sign = sign_of(plan.lock)
-    while not lock.acquire():
-        pid = lock.holder()
-        taken = _ask_for_place(plan, pid, take_over, deadline)
-        if taken is not None:
-            lock.acquire(wait=True)  # the other one has said its last word and ends
-            return taken
-        if pid and time.monotonic() > deadline:
-            if sign.beats and sign_of(plan.lock) == sign:
-                say(f"the keeper, pid {pid}, hangs; it is killed")
-                evict(plan.lock)
-                continue
-            raise AlreadyRunning(f"already running, pid {pid}, but it does not answer on {plan.socket}: end it first")
-    return []
-
-
-def _ask_for_place(plan: Plan, pid: int, take_over: bool, deadline: float) -> list[tuple[Kept | Stand, list[int]]] | None:
-    """What the keeper `pid` hands over, which may be only beginning to listen; None when it ended, or says nothing."""
-    try:
-        keeper = open_pidfd(pid) if pid else None
-    except ProcessLookupError:
-        return None
-    if keeper is None:
-        return None
-    try:
-        connection = connect_to(plan.socket, socket.SOCK_SEQPACKET, deadline - time.monotonic(), keeper)
-    finally:
-        os.close(keeper)
-    if connection is None:
-        return None
-    taken: list[tuple[Kept | Stand, list[int]]] = []
-    with connection:
-        channel = Channel(connection, FROM_KEEPER)
-        try:
-            channel.send(Yield(take_over))
-            while True:
-                message, descriptors = channel.receive(max(0.0, deadline - time.monotonic()))
-                match message:
-                    case Kept() | Stand():
-                        taken.append((message, descriptors))
-                    case KeptAll():
-                        return taken
-                    case Refused(running):
-                        raise AlreadyRunning(f"already running, pid {running}: stop it first, or say --take-over")
-        except (OSError, ChannelClosed, ChannelTimeout):
-            return None
-        except FrameError as error:
-            raise AlreadyRunning(f"already running, pid {pid}, but it is not understood ({error}): end it first") from None
 
 
 def raise_descriptor_limit() -> None:

@@ -26,7 +26,7 @@ from supervisor.keeping import Stand
 from supervisor.lockfile import sign_of
 from supervisor.orders import Orders, Standing
 from supervisor.parts import how
-from supervisor.pidfd import pid_of, signal_process, wait_status
+from supervisor.pidfd import pid_of, same_process, signal_process, wait_status
 from supervisor.pulse import LOOK_S, Pulse
 
 PAUSES_S = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # before the n-th process in a row that has not beaten once
@@ -74,8 +74,8 @@ class _Post:
 class Replacing:
     """The standing orders that a keeper knows.
 
-    `held`: where the descriptors are that go along.  `tell`: tells the root supervisor, if there is one.  `fork_server_hangs`: called when
-    it does.  `say`: writes to the daemon's log.
+    `held`: where the descriptors are that go along.  `tell`: tells the root supervisor, if there is one; `hear`: does what that has said
+    already.  `fork_server_hangs`: called when it does.  `say`: writes to the daemon's log.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Replacing:
         fork_server: Path,
         tell: Callable[[Stand, list[int]], None],
         fork_server_hangs: Callable[[], None],
+        hear: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         self._selector = selector
@@ -92,6 +93,7 @@ class Replacing:
         self._path = fork_server
         self._tell = tell
         self._fork_server_hangs = fork_server_hangs
+        self._hear = hear
         self._say = say
         self._orders = Orders(ours_first=False)
         self._posts: dict[str, _Post] = {}
@@ -141,7 +143,7 @@ class Replacing:
         look = now_s >= self._look_s
         if look:
             self._look_s = now_s + LOOK_S
-        for post in self._posts.values():
+        for post in list(self._posts.values()):
             if post.asked is not None:
                 if now_s >= post.asked.deadline_s:
                     self._say(f"the fork server has not answered for {ANSWER_S:g} s; it is killed")
@@ -149,15 +151,22 @@ class Replacing:
                     self._give_up(post, now_s)
             elif post.due_s is not None:
                 if now_s >= post.due_s:
-                    self._ask(post, now_s)
+                    # First what the root supervisor has said: this process may have stood still, and the other one have done it
+                    # meanwhile.  Its process would be ended by ours.
+                    self._hear()
+                    if self._posts.get(post.name) is post and post.due_s is not None:
+                        self._ask(post, now_s)
             elif look:
                 post.look(now_s)
 
     # --- a process ends ---
 
-    def _put(self, name: str, newcomer: Standing) -> bool:
+    def _put(self, name: str, newcomer: Standing) -> None:
         post = self._posts.get(name)
         if post is not None:
+            if same_process(post.standing.pidfd, newcomer.pidfd):
+                newcomer.close()
+                return
             self._unwatch(post)  # before its descriptors are closed
         taken = self._orders.put(name, newcomer)
         standing = self._orders.get(name)
@@ -167,7 +176,6 @@ class Replacing:
         elif taken:
             post.fill(standing, time.monotonic())
         self._selector.register(standing.pidfd, selectors.EVENT_READ, lambda: self._ended(post))
-        return taken
 
     def _unwatch(self, post: _Post) -> None:
         if post.due_s is None:

@@ -44,7 +44,7 @@ BACKOFF_S = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5, 1.0)  # before the n-th server in a r
 """The first three at once: a reader inside the task waits for it."""
 KEEPER_S = 0.5  # how long a keeper may take to replace a server; less would do work twice on a machine with too much of it
 SILENCE_S = 1.0  # a server whose event loop has not turned for so long hangs, says the keeper
-SILENCE_UNKEPT_S = 3.0  # and so say we, of its messages: later, not to do it twice
+SILENCE_UNKEPT_S = 2.5  # and so say we, of its messages: later, not to do it twice
 DEATH_S = 5.0
 STAND_BY_S = 1.0  # how long a tree that has all of its objects does without a server, unless one is asked for
 

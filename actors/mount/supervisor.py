@@ -10,7 +10,7 @@ from actors.lazytree import mounts
 from actors.mount import messages
 from actors.mount.actor import MountActor, unmount_tree
 from actors.services import PROGRESS_S, Services, mount_name
-from supervisor.answers import Answer, Worked, WorkFailed
+from supervisor.answers import Answer, Deferred, Worked, WorkFailed
 from supervisor.spec import ChildSpec, Flags, Restart
 from supervisor.strategy import Strategy
 from supervisor.tree import Supervisor, System
@@ -23,6 +23,16 @@ class MountSupervisor(Supervisor):
         super().__init__(system, name, children, Flags(intensity=None, strategy=Strategy.DYNAMIC))
         self._services = services
         self._cleaning: list[Any] = []
+
+    def on_begin(self) -> Deferred:
+        """Look after what is mounted already: nobody asks for a workspace again while its task runs."""
+        up = super().on_begin()
+        layout = self._services.layout
+        mounted = {mount.target for mount in mounts.mounts_below(str(layout.run / "tasks"))}
+        for task in layout.known_tasks():
+            if str(layout.task(task).workspace) in mounted:
+                self._start(task)
+        return up
 
     def on_message(self, message: Any) -> Any:
         match message:

@@ -245,3 +245,20 @@ def test_a_standing_order_without_its_descriptors_costs_its_sender_the_connectio
     client.close()
     assert daemon.state().standing == {}
     assert "a: 1 descriptors came with a standing order" in daemon.log()
+
+
+def test_a_keeper_that_stood_still_hears_first_that_it_was_done_without_it(daemon: Daemon) -> None:
+    keeper = daemon.start()
+    pid = appoint(daemon)
+    keeper.send_signal(signal.SIGSTOP)
+    kill(pid)
+    for number in range(20):  # there is much to hear
+        daemon.ask(Put({f"file {number}": ""}))
+    by_root = daemon.ask(Appoint("a", f"{ENTRIES}:post", ["along"])).standing["a"]
+    keeper.send_signal(signal.SIGCONT)
+    assert daemon.state(lambda state: len(state.names) == 21).standing == {"a": 0}
+    assert replaced(daemon, 0) == by_root
+    assert told(daemon, int(by_root or 0)).texts["along"].split() == [
+        str(pid),
+        str(by_root),
+    ]  # no other one was started, which would have ended this
