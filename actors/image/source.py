@@ -14,6 +14,7 @@ by giving up what was fetched first, except for what somebody waits for, and as 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -297,8 +298,14 @@ class RegistrySource:
         rows: list[int] = []
         try:
             with flight.scope:
-                await self._make_room()
-                rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
+                await self._make_room(self._spool_bytes_max)
+                try:
+                    rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    await self._make_room(0)
+                    rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
                 self._landings += 1
                 for span in flight.spans:
                     self._landed.pop(span, None)
@@ -368,7 +375,10 @@ class RegistrySource:
         return whole
 
     def _has(self, row: Row) -> bool:
-        return os.access(Objects.path(row.key), os.F_OK, dir_fd=self._objects, follow_symlinks=False)
+        try:
+            return os.stat(Objects.path(row.key), dir_fd=self._objects, follow_symlinks=False).st_size == row.size_bytes
+        except FileNotFoundError:
+            return False
 
     def _is_whole(self, row: Row, content: LayerContent) -> bool:
         """Whether all of the object seems to be in the spool; who publishes it looks closer."""
@@ -381,10 +391,10 @@ class RegistrySource:
 
     # --- the spool's room ---
 
-    async def _make_room(self) -> None:
-        """Give up what was fetched first, until the spool is within its bound."""
+    async def _make_room(self, bytes_max: int) -> None:
+        """Give up what was fetched first, until the spool has no more than that, or only what somebody waits for."""
         async with self._giving_up:
-            while self._spool.used_bytes > self._spool_bytes_max:
+            while self._spool.used_bytes > bytes_max:
                 if self._has_inherited:
                     self._has_inherited = False
                     self._landed.clear()

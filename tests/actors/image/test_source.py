@@ -6,6 +6,7 @@ import gzip
 import itertools
 import os
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -416,6 +417,50 @@ def test_the_spool_is_held_to_its_bound_and_reads_go_on(image: Image) -> None:
 
     running(source, body)
     assert most < bound + 4 * MIB
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "small", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def test_a_full_disk_is_the_reason_and_what_is_not_needed_makes_room(image: Image, small_disk: Path) -> None:
+    os.close(image.spool)
+    image.spool = create(str(small_disk))
+    source = image.source()
+    content = FILES["usr/noise"]
+    index = by_size(image, content)
+
+    async def body() -> None:
+        for offset in range(0, 5 * MIB, MIB):
+            assert await read(image, source, index, offset, 1000) == content[offset : offset + 1000]
+
+    running(source, body)
+    (small_disk / "other").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
+    other = image.source()  # which knows nothing of what it could give up
+
+    async def without_room() -> None:
+        with pytest.raises(SourceError, match="cannot be kept on this node: No space left"):
+            await read(image, other, by_size(image, PLAIN["plain/a"]))
+
+    running(other, without_room)
+
+
+def test_an_object_that_was_cut_is_not_taken_for_one(image: Image) -> None:
+    content = FILES["usr/last"]
+    index = by_size(image, content)
+    path = Path(image.objects_directory) / Objects.path(image.table.row(index).key)
+    path.write_bytes(content[:1000])
+    source = image.source()
+
+    async def body() -> None:
+        assert await read(image, source, index) == content
+
+    running(source, body)
 
 
 def test_objects_have_places_of_their_own(image: Image) -> None:
