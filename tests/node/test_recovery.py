@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -149,6 +150,25 @@ def test_a_control_group_that_was_left_is_emptied_and_removed(own: Daemon) -> No
     finally:
         sleeper.kill()
         sleeper.wait()
+
+
+def test_a_call_of_a_runtime_whose_caller_is_dead_is_ended(tmp_path: Path, image: str) -> None:
+    """It hangs, and nobody would ever wait for it again."""
+    program, called = shutil.which("runc"), tmp_path / "called"
+    wrapper = tmp_path / "bin" / "runc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(
+        f'#!/bin/sh\ncase " $* " in *" delete "*) [ -e {called} ] || {{ echo $$ > {called}; kill -STOP $$; }};; esac\nexec {program} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    (tmp_path / "node").mkdir()
+    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+        assert daemon.run("exit 7", runtime="runc").exit_code == 7
+        eventually(called.exists)
+        assert "1 process" in start_again(daemon)
+        eventually(lambda: not Path(f"/proc/{called.read_text().strip()}").exists())
+        daemon.wait_released()
+        assert daemon.leavings() == []
 
 
 def test_directories_and_an_image_mount_of_nobody_are_removed(own: Daemon) -> None:
