@@ -208,3 +208,55 @@ def test_killed_at_any_instant_while_the_task_runs(workspace: Workspace, store: 
     assert (outcome.outcome, outcome.conflicts, outcome.error) == ("synced", [], "")
     assert workspace.tree() == wanted
     assert kills
+
+
+def _others(store: Path, choose: random.Random, number: int, theirs: dict[Path, bytes | None]) -> None:
+    """What somebody else does to the store, who sees what is in it; `theirs`: what they did last, by path (None: removed)."""
+    for _ in range(6):
+        private = store / os.fsdecode(RESERVED)
+        files = sorted(path for path in store.rglob("*") if path.is_file() and private not in path.parents)
+        directories = sorted({path.parent for path in files})
+        path = choose.choice(files) if choose.randrange(3) else choose.choice(directories) / f"t{number}"
+        if choose.randrange(4) or path not in files:
+            content = b"theirs %d %d" % (number, choose.randrange(10**9))
+            path.unlink(missing_ok=True)  # as most programs do it; a file may have other names
+            path.write_bytes(content)
+            theirs[path] = content
+        else:
+            path.unlink()
+            theirs[path] = None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nobody_loses_anything(workspace: Workspace, store: Path, seed: int) -> None:
+    """The task and others change the same names, between syncs of the running task, some of them killed."""
+    _populate(store)
+    workspace.begin()
+    choose, theirs = random.Random(seed), dict[Path, bytes | None]()
+    for number in range(6):
+        workspace.run(partial(_change, 100_000 + 1000 * seed + number))
+        for _ in range(choose.randrange(3)):
+            if (pid := os.fork()) == 0:
+                try:
+                    workspace.sync(running=True)
+                finally:
+                    os._exit(0)
+            if choose.randrange(2):
+                time.sleep(choose.random() * 0.05)
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        _others(store, choose, number, theirs)
+    written = {path: content for path, content in theirs.items() if content is not None}
+    assert {path: path.read_bytes() for path in written} == written
+    wanted = {path: what[0] for path, what in contents(workspace.root).items() if isinstance(what, tuple)}
+    outcome = workspace.sync()
+    assert outcome.outcome == "conflict", outcome.error
+    assert {path: path.read_bytes() for path in written} == written, "what others wrote is where they wrote it"
+    found = {what[0] for what in workspace.tree().values() if isinstance(what, tuple)}
+    for name, content in wanted.items():
+        # A file of the store's may be gone from there, which is a conflict that says so; and what was synced others may have changed.
+        if not content.startswith(b"content ") and store / name not in theirs:
+            assert content in found, name
+    again = workspace.sync()
+    assert (again.outcome, again.files) == ("conflict", 0)
+    assert not (store / os.fsdecode(RESERVED)).exists()

@@ -101,6 +101,11 @@ TRAPS = {
     "a conflict of the running task that resolves itself": [
         "test_traps::test_a_conflict_that_was_found_while_the_task_ran_and_is_none_in_the_end"
     ],
+    "a sync that is killed, while the task and others go on": [
+        "test_sync_killed::test_killed_at_any_instant_while_the_task_runs",
+        "test_sync_killed::test_nobody_loses_anything",
+        "test_workspaces::test_a_busy_writer_and_its_syncer_and_supervisor_killed",
+    ],
     "a version that is no longer the listed one": [
         "test_workspaces::test_a_version_that_is_gone_is_an_error_in_the_task_with_the_reason"
     ],
