@@ -46,7 +46,7 @@ KEEPER_S = 0.5  # how long a keeper may take to replace a server; less would do 
 SILENCE_S = 1.0  # a server whose event loop has not turned for so long hangs, says the keeper
 SILENCE_UNKEPT_S = 2.5  # and so say we, of its messages: later, not to do it twice
 DEATH_S = 5.0
-STAND_BY_S = 1.0  # how long a tree that has all of its objects does without a server, unless one is asked for
+STAND_BY_S = 2.0  # how long a tree that has all of its objects does without a server, unless one is asked for
 
 _numbers = itertools.count(1)
 

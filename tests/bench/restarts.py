@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
-
 from actors.gateway.client import Client
 from actors.gateway.messages import Wait
+from actors.layout import Layout
+from supervisor.lockfile import holder_of
 from tests.bench.site import Site
 from tests.bench.table import Row, median, within
 from tests.bench.tasks import private_kib
@@ -66,7 +66,7 @@ def restarts(site: Site, daemon: Daemon) -> Iterator[Row]:
     """The server of one workspace killed again and again: what is left of it in the two that hold and restart it."""
     task = daemon.submit(["/bin/sleep", "1000"], workspace="bench")
     first = daemon.wait_pid(f"workspace mount {task}")
-    written = daemon.state / "tasks" / task / "workspace/server"
+    lock = Layout(daemon.state, daemon.run_dir).served / f"{task}.lock"  # its holder serves
     lazy = daemon.run_dir / "tasks" / task / "lazy/00"
     holders = {name: daemon.pid_of(name) for name in ("root supervisor", "keeper")}
     before: dict[str, tuple[float, int, int]] = {}
@@ -78,7 +78,7 @@ def restarts(site: Site, daemon: Daemon) -> Iterator[Row]:
             before = {holder: look(holders[holder]) for holder in holders}
         os.kill(pid, signal.SIGKILL)
         answered(lazy / f"{number:062x}")
-        while (successor := msgspec.msgpack.decode(written.read_bytes())["pid"]) == pid:
+        while (successor := holder_of(lock)) in (None, 0, pid):
             time.sleep(0.001)
         pid = successor
     time.sleep(2.0)
