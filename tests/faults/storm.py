@@ -3,7 +3,8 @@
     python -m tests.faults.storm [--minutes 1] [--seed 1] [--kills 200 --pairs 200]     (`make soak MINUTES=10 SEED=7`)
 
 The seed gives the same faults in the same order.  With `--kills` it goes on until every kind was killed so often (image builders
-a quarter of it), and so many pairs.  The first invariant of `model` that does not hold ends it, with what was seen.
+a quarter of it), and so many pairs.  Before it, the FUSE processes alone have `--fuse-seconds` of one of their own (`fuse_storm`).  The
+first invariant of `model` that does not hold ends it, with what was seen.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from actors.gateway.messages import Ended, MountImage, Submit, UnmountImage, Wait
 from tests.actors.image.images import RunningRegistry
 from tests.faults import load, victims
+from tests.faults.fuse_storm import fuse_storm
 from tests.faults.load import Broken, Images, Task
 from tests.faults.victims import SIGNALS, Fault, Process, Recent
 from tests.node.daemon import Daemon, running
@@ -281,6 +283,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--kills", type=int, default=0, help="of each kind, at least")
     parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--fuse-seconds", type=float, default=20.0, help="0: no storm over the FUSE processes alone")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     goal = Goal(arguments.minutes * 60, arguments.kills, arguments.pairs)
@@ -291,6 +294,8 @@ def main() -> int:
         registry = RunningRegistry(home / "registry")
         began = time.monotonic()
         try:
+            if arguments.fuse_seconds:
+                print(fuse_storm(home / "fuse", registry, arguments.fuse_seconds, arguments.seed).line(), flush=True)
             tally = storm(home, registry, goal, arguments.seed)
         finally:
             registry.stop()
