@@ -10,17 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from loguru import logger
 
-from actors.gateway.messages import TaskSpec
 from actors.image import messages, wire
 from actors.image.building import Building, shown
 from actors.image.catalogue import Asked, Catalogue, Image, name_of
 from actors.image.errors import ArchiveInvalid, ReferenceInvalid
-from actors.image.leases import Leases, task_of
-from actors.image.login import Login
-from actors.image.mounted import ImageMount, Mounted, NotMounted, Removed
+from actors.image.leases import Leases, held_still, login_of, task_of
+from actors.image.mounted import ImageMount, Mounted, NotMounted, Removed, unmount_others
 from actors.image.reference import Reference
 from actors.lazytree import mounts
 from actors.lazytree.wire import ReadFailed
@@ -67,10 +64,11 @@ class ImageActor(Actor):
             Path(directory).mkdir(mode=0o755, parents=True, exist_ok=True)
         self._catalogue = Catalogue(self._services.store, self._settings.archive_dir)
         self._images = self._catalogue.images
-        leases = self._find_leases()
-        leased = {lease: self._catalogue.find(digest) for lease, digest in leases.items()}
+        store = self._services.store
+        self._leases = Leases(self._services.layout.leases)
+        leased = {lease: self._catalogue.find(digest) for lease, digest in held_still(self._leases, store).items()}
         for lease, found in leased.items():
-            if found is not None and (login := self._login_of(lease)):
+            if found is not None and (login := login_of(lease, store)):
                 found.login = login
         for image in self._images.values():
             mount = self._mount_of(image)
@@ -87,41 +85,10 @@ class ImageActor(Actor):
                 self._given[lease] = self._lease_on(found, lease, path if task_of(lease) is None else None)
         for image in self._images.values():
             self._watch_idle(image)
-        self._clear_orphans()
-
-    def _clear_orphans(self) -> None:
-        """Unmount what belongs to no lease and no image: a kill came between the one and the other."""
         kept = {lease for image in self._images.values() for lease in image.leases}
         kept |= {Path(place).name for image in self._images.values() if image.mount for place in image.mount.places}
-        for entry in self._mounts.iterdir():
-            if entry.name not in kept:
-                for mount in mounts.mounts_below(str(entry)):
-                    logger.warning("{} is mounted for nobody; it is unmounted", mount.target)
-                    mounts.unmount(mount.target, lazily=True)
-                    self._services.recovered.cleaned("mount")
-                entry.rmdir()
-
-    def _find_leases(self) -> dict[str, str]:
-        """Who holds a lease on which digest, but for tasks that have given everything back."""
-        store = self._services.store
-        self._leases = Leases(self._services.layout.leases)
-        # Earlier versions kept those of `image mount` in the store.
-        for lease, digest in store.read("SELECT lease, digest FROM leases"):
-            self._leases.take(lease, digest)
-            store.write(("DELETE FROM leases WHERE lease = ?", (lease,)))
-        unreleased = {task for (task,) in store.read("SELECT task FROM tasks WHERE released = 0")}
-        leases = self._leases.all()
-        for lease in [lease for lease in leases if (task := task_of(lease)) is not None and task not in unreleased]:
-            self._leases.give_back(lease)
-            del leases[lease]
-        return leases
-
-    def _login_of(self, lease: str) -> Login | None:
-        """What a task brought for its image's registry: a server that takes another one's place needs it again."""
-        if (task := task_of(lease)) is None:
-            return None
-        [[spec]] = self._services.store.read("SELECT spec FROM tasks WHERE task = ?", task)
-        return msgspec.msgpack.decode(spec, type=TaskSpec).login
+        for _ in unmount_others(self._mounts, kept):
+            self._services.recovered.cleaned("mount")
 
     def on_end(self, reason: object) -> None:
         for preparing in self._preparing.values():

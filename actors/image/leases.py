@@ -10,6 +10,12 @@ import os
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+import msgspec
+
+from actors.gateway.messages import TaskSpec
+from actors.image.login import Login
+from supervisor.store import Store
+
 TASK = "task/"  # what the name of a task's lease begins with
 
 
@@ -45,3 +51,25 @@ class Leases:
 def task_of(lease: str) -> str | None:
     """The task whose lease it is; None for one of `image mount`."""
     return lease.removeprefix(TASK) if lease.startswith(TASK) else None
+
+
+def held_still(leases: Leases, store: Store) -> dict[str, str]:
+    """The digest of each lease's image, when a daemon starts; those of tasks that have given everything back are given back."""
+    # Earlier versions kept those of `image mount` in the store.
+    for lease, digest in store.read("SELECT lease, digest FROM leases"):
+        leases.take(lease, digest)
+        store.write(("DELETE FROM leases WHERE lease = ?", (lease,)))
+    unreleased = {task for (task,) in store.read("SELECT task FROM tasks WHERE released = 0")}
+    held = leases.all()
+    for lease in [lease for lease in held if (task := task_of(lease)) is not None and task not in unreleased]:
+        leases.give_back(lease)
+        del held[lease]
+    return held
+
+
+def login_of(lease: str, store: Store) -> Login | None:
+    """What a task brought for its image's registry: a server that takes another one's place needs it again."""
+    if (task := task_of(lease)) is None:
+        return None
+    [[spec]] = store.read("SELECT spec FROM tasks WHERE task = ?", task)
+    return msgspec.msgpack.decode(spec, type=TaskSpec).login

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -329,3 +329,15 @@ class ImageMount:
 
     def _objects(self) -> contextlib.closing[Objects]:
         return contextlib.closing(Objects(self._settings.cache_dir))
+
+
+def unmount_others(directory: Path, kept: Collection[str]) -> Iterator[str]:
+    """Unmount what is mounted in `directory` under names that are not `kept` → each place; a kill came before it had an owner."""
+    for entry in directory.iterdir():
+        if entry.name not in kept:
+            for mount in mounts.mounts_below(str(entry)):
+                logger.warning("{} is mounted for nobody; it is unmounted", mount.target)
+                mounts.unmount(mount.target, lazily=True)
+                yield mount.target
+            with contextlib.suppress(OSError):  # a file of somebody's
+                entry.rmdir()
