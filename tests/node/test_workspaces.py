@@ -95,10 +95,11 @@ def test_what_a_task_writes_comes_to_its_store_while_it_runs(daemon: Daemon) -> 
 
 def test_without_an_interval_nothing_comes_before_the_end(tmp_path: Path, image: str) -> None:
     with running(tmp_path, image, AERIE_MOUNT_SYNC_INTERVAL="0") as daemon:
-        task = begun(daemon, "echo x > file; sleep 1", "late")
+        task = begun(daemon, "echo x > file; " + READY, "late")
         eventually((daemon.run_dir / "tasks" / task / "workspace/file").exists, "it is written")
         time.sleep(0.5)
         assert not (daemon.state / "workspaces/late/file").exists()
+        go(daemon, task)
         assert daemon.result(task).sync == "synced"
         assert read(daemon.state / "workspaces/late/file") == b"x\n"
 
