@@ -181,6 +181,7 @@ class Build:
             for entry in entries(stream, self._budget):
                 key = contents.take(stream, entry, number) if entry.is_file and not is_whiteout(entry) else None
                 tree.add(entry, key)
+            tree.end_layer()
             stream.finish()
             checkpoints.end_layer(blob.size, stream.offset)
         except (ContentCorrupt, LayerUnsafe):

@@ -1,9 +1,9 @@
 """Layers, overlaid into one tree as the OCI image specification says (layer.md, "Applying Changesets").  No I/O.
 
 What it leaves open is done as containerd does it: an entry below a symbolic link goes where the link leads inside the
-root.  Two things differ.  A whiteout never follows a link, so it can only hide what has its own path; and it hides only
-what lower layers have put there, wherever in the layer it stands.  And an entry below a link that leads nowhere, or out
-of the root, is an error: that is how a layer would climb out.
+root.  Three things differ.  A whiteout never follows a link, so it can only hide what has its own path; and it hides only
+what lower layers have put there, wherever in the layer it stands.  A hard link may stand before its target.  And an entry below a
+link that leads nowhere, or out of the root, is an error: that is how a layer would climb out.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ def is_whiteout(entry: Entry) -> bool:
     return entry.name.rstrip(b"/").rpartition(b"/")[2].startswith(WHITEOUT)
 
 
+class _NotThere(ContentCorrupt):
+    """A hard link's target."""
+
+
 class LayeredTree:
-    """The tree of an image: for each layer from the lowest up `begin_layer`, then `add` each of its entries in order.
+    """The tree of an image: for each layer from the lowest up `begin_layer`, then `add` each of its entries in order, and `end_layer`.
 
     `root` is the tree so far.  Directories that layers imply but do not have are 0755, owned by 0:0, of time 0.
     """
@@ -39,9 +43,25 @@ class LayeredTree:
         self.root = _implied_directory()
         self._budget = budget
         self._fresh: dict[Node, set[bytes]] = {}  # by directory: the names that this layer has put there
+        self._early: list[tuple[Node, bytes, Entry]] = []  # hard links whose target has not come yet, and where they are to be
 
     def begin_layer(self) -> None:
         self._fresh = {}
+        self._early = []
+
+    def end_layer(self) -> None:
+        """Raises as `add`."""
+        while self._early:
+            waiting, self._early = self._early, []
+            for directory, name, entry in waiting:
+                if name in self._fresh.get(directory, ()):
+                    continue  # a later entry has taken its place
+                try:
+                    self._put(directory, name, self._link_target(entry))
+                except _NotThere:
+                    if len(self._early) + 1 == len(waiting):
+                        raise  # no other one can have been its target
+                    self._early.append((directory, name, entry))
 
     def add(self, entry: Entry, key: str | None) -> None:
         """Add one entry; `key` is the object with its content, None without content.
@@ -54,8 +74,12 @@ class LayeredTree:
         elif entry.is_hard_link:
             if not path:
                 raise ContentCorrupt("a layer has a hard link for its root")
-            target = self._link_target(entry)
-            self._put(self._directory(path[:-1], entry.name), path[-1], target)
+            directory = self._directory(path[:-1], entry.name)
+            try:
+                self._put(directory, path[-1], self._link_target(entry))
+            except _NotThere:
+                self._fresh.get(directory, set()).discard(path[-1])  # so that only what comes later is newer than it
+                self._early.append((directory, path[-1], entry))
         else:
             node = _node(entry, key)
             if not path:
@@ -96,7 +120,7 @@ class LayeredTree:
                 if in_target:
                     raise LayerUnsafe(f"a layer's entry {shown(name)} leads through a symbolic link to where nothing is")
                 if not create:
-                    raise ContentCorrupt(f"a layer has a hard link to {shown(name)}, which is not there")
+                    raise _NotThere(f"a layer has a hard link to {shown(name)}, which is not there")
                 self._budget.take_entry()
                 node = _implied_directory()
                 self._put(chain[-1], component, node)
@@ -122,9 +146,10 @@ class LayeredTree:
         children = self._directory(path[:-1], entry.target, create=False).children
         assert children is not None
         node = children.get(path[-1]) if path else self.root
-        if node is None or node.children is not None:
-            what = "which is not there" if node is None else "which is a directory"
-            raise ContentCorrupt(f"a layer has a hard link {shown(entry.name)} to {shown(entry.target)}, {what}")
+        if node is None:
+            raise _NotThere(f"a layer has a hard link {shown(entry.name)} to {shown(entry.target)}, which is not there")
+        if node.children is not None:
+            raise ContentCorrupt(f"a layer has a hard link {shown(entry.name)} to {shown(entry.target)}, which is a directory")
         return node
 
     def _apply_whiteout(self, parents: list[bytes], whiteout: bytes) -> None:
@@ -188,7 +213,8 @@ def _components(path: bytes, name: bytes) -> list[bytes]:
 
 def _node(entry: Entry, key: str | None) -> Node:
     return Node(
-        mode=entry.mode,
+        # Linux gives symbolic links no permissions of their own: all of them are 0777, whatever a layer says.
+        mode=entry.mode | 0o777 if stat.S_ISLNK(entry.mode) else entry.mode,
         uid=entry.uid,
         gid=entry.gid,
         mtime_ns=entry.mtime_ns,

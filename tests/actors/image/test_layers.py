@@ -53,6 +53,7 @@ def overlay(*layers: bytes) -> LayeredTree:
         tree.begin_layer()
         for entry in entries(source, bounds):
             tree.add(entry, hashlib.sha256(source.read(entry.stored)).hexdigest() if entry.is_file else None)
+        tree.end_layer()
         source.finish()
     return tree
 
@@ -151,6 +152,13 @@ def three(name: str) -> Member:
         # Hard links
         pytest.param([[one("a"), hard_link("b", "a")], [one(".wh.a")]], {"b": "1"}, id="a link outlives its target"),
         pytest.param([[one("a"), hard_link("b", "a")], [two("a")]], {"a": "2", "b": "1"}, id="a link keeps the old content"),
+        pytest.param([[hard_link("b", "a"), one("a")]], {"a": "1", "b": "1"}, id="a link before its target"),
+        pytest.param([[hard_link("c", "b"), hard_link("b", "d/a"), one("d/a")]],
+                     {"b": "1", "c": "1", "d": "/", "d/a": "1"}, id="links before theirs"),
+        pytest.param([[hard_link("b", "a"), two("b"), one("a")]], {"a": "1", "b": "2"}, id="a link before its target, and replaced"),
+        pytest.param([[two("b"), hard_link("b", "a"), one("a")]], {"a": "1", "b": "1"}, id="a link that replaces, before its target"),
+        pytest.param([[two("b")], [hard_link("b", "a"), one("a")]], {"a": "1", "b": "1"}, id="and what a lower layer has"),
+        pytest.param([[one("a")], [hard_link("b", "a"), two("a")]], {"a": "2", "b": "1"}, id="a link to what is there already"),
         pytest.param([[one("a")], [hard_link("d/b", "./a")]], {"a": "1", "d": "/", "d/b": "1"}, id="across layers"),
         pytest.param([[one("a"), hard_link("a", "a")]], {"a": "1"}, id="a link to itself"),
         pytest.param([[one("a"), one("d/x"), hard_link("d", "a")]], {"a": "1", "d": "1"}, id="a link replaces a directory"),
@@ -192,6 +200,8 @@ def test_layers_make_this_tree(layers: list[list[Member]], expected: dict[str, s
         ([one("d/.wh...")], LayerUnsafe, "hides nothing"),
         ([hard_link("b", "a")], ContentCorrupt, "not there"),
         ([hard_link("b", "d/a")], ContentCorrupt, "not there"),
+        ([hard_link("b", "c"), hard_link("c", "b")], ContentCorrupt, "not there"),
+        ([hard_link("b", "c"), one("a"), hard_link("c", "x"), hard_link("d", "a")], ContentCorrupt, "not there"),
         ([directory("d"), hard_link("b", "d")], ContentCorrupt, "is a directory"),
         ([hard_link("b", ".")], ContentCorrupt, "is a directory"),
         ([hard_link(".", "b")], ContentCorrupt, "root"),
