@@ -23,6 +23,7 @@ LINES = 400
 ROUND = 20  # lines between two looks at files
 STORE_BYTES = 1 << 20
 IMAGE_BYTES = 1 << 20
+PROGRAMS = 4  # each another object
 CONMON_BYTES = 8192  # what a killed conmon may have had in its hands
 EXIT_CODE = 7
 SCRIPT = f"""
@@ -33,7 +34,7 @@ while [ $i -lt {LINES} ]; do
     r=$((i / {ROUND}))
     [ "$(md5sum < big)" = "{{store}}  -" ] || echo WRONG content
     [ "$(md5sum < /data/cold-$r)" = "$(head -n $r /data/sums | tail -n 1)  -" ] || echo WRONG image $r
-    [ "$(/data/busybox-$r echo executed)" = executed ] || echo WRONG program $r
+    [ "$(/data/busybox-$((r % {PROGRAMS})) echo executed)" = executed ] || echo WRONG program $r
     echo $i >> written || echo WRONG write
     mkdir made-$r && mv small-$r made-$r/moved && rm gone-$r || echo WRONG rename
     sleep 0.03
@@ -54,14 +55,16 @@ class Images:
         self._base = busybox_layer()
 
     def push(self) -> str:
-        """Push another image → its reference.  Its programs are one object to each round, and mapped when they are executed."""
+        """Push another image → its reference.  Its programs are mapped when they are executed."""
         self._count += 1
         busybox = Path("/bin/busybox").read_bytes()
         cold = {number: self._chance.randbytes(IMAGE_BYTES // len(ROUNDS)) for number in ROUNDS}
         sums = "".join(hashlib.md5(content).hexdigest() + "\n" for content in cold.values())
         members = [member(f"data/cold-{number}", content) for number, content in cold.items()]
         # Behind its last section a program may hold what it likes: another object, the same program.
-        members += [member(f"data/busybox-{number}", busybox + self._chance.randbytes(16), mode=0o755) for number in ROUNDS]
+        members += [
+            member(f"data/busybox-{number}", busybox + self._chance.randbytes(16), mode=0o755) for number in range(PROGRAMS)
+        ]
         tag = str(self._count)
         self._repository.push(
             self._base, tar(member("data/sums", sums.encode()), *members), tag=tag, process={"Env": ["PATH=/bin"]}

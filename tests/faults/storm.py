@@ -13,6 +13,7 @@ import argparse
 import os
 import random
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -23,17 +24,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from actors.gateway.messages import Ended, MountImage, Submit, UnmountImage, Wait
+from actors.node import LISTENER
+from supervisor.channel import Channel, ChannelClosed
+from supervisor.keeping import FROM_KEEPER, AskState
+from supervisor.sockets import connect_to
 from tests.actors.image.images import RunningRegistry
 from tests.faults import load, victims
 from tests.faults.fuse_storm import fuse_storm
 from tests.faults.load import Broken, Images, Task
-from tests.faults.victims import SIGNALS, Fault, Process, Recent
+from tests.faults.victims import SIGNALS, Fault, Process
 from tests.node.daemon import Daemon, running
 
 TASKS = 4  # at once
 PAIR_S = 0.05  # between the two strikes of a pair, at most
-PAUSE_S = 0.3  # between two strikes, at most
-AIM_S = 1.0  # how long a runtime may take to be called at the verb at which it is to die
+PAUSE_S = 0.2  # between two strikes, at most
+AIM_S = 0.1  # how long a runtime that is to die is waited for
 HANG_SHARE, PAIR_SHARE, WAIT_SHARE = 0.1, 0.25, 0.3
 BUILDER_SHARE = 0.25
 TASK_S = 180.0  # that a task may take in all of it
@@ -98,7 +103,8 @@ class Storm:
         self._running: list[Task] = []
         self._count = 0
         self._lazy = ""
-        self._recent = Recent()
+        self._server_s = -victims.AWAY_S  # when a mount's server was struck last
+        self._ordered: dict[str, Fault] = {}  # of runtimes that were not called yet
         self.tally = Tally()
 
     # --- tasks ---
@@ -110,6 +116,7 @@ class Storm:
                 self._submit()
             time.sleep(self._chance.uniform(0.0, PAUSE_S))  # the storm's own rhythm, not a wait
             self._strike(self._choose(goal))
+            self._count_orders()
             self._check_ended(wait=False)
         for order in self._orders.iterdir():
             order.unlink()
@@ -167,8 +174,8 @@ class Storm:
 
     def _strike(self, kinds: Sequence[str]) -> None:
         """Strike one process of each kind that is there and may be struck."""
-        self._recent.now_s = time.monotonic()
-        if not self._recent.allows(kinds, any(task.conmon_struck for task in self._running)):
+        fragile = any(task.conmon_struck for task in self._running) or time.monotonic() - self._server_s < victims.AWAY_S
+        if not victims.allowed(kinds, fragile, self._await_holders):
             return
         struck = []
         for kind in kinds:
@@ -181,8 +188,9 @@ class Storm:
         if len(struck) == 2:
             self.tally.pairs[tuple(sorted(struck))] += 1
         if set(struck) & victims.HOLDERS:
-            self._recent.holder_s = time.monotonic()
             self._start_again(struck)
+        if set(struck) & {"image mount", "workspace mount"}:
+            self._server_s = time.monotonic()
         if len(struck) == 1 and self._chance.random() < WAIT_SHARE:
             self._await(struck[0])
 
@@ -205,30 +213,56 @@ class Storm:
         return True
 
     def _hit_runtime(self, kind: str, fault: Fault) -> bool:
-        """Have the next runtime that is called with this verb struck while it is at work → whether one was, within AIM_S."""
+        """Order that the next runtime that is called with this verb is struck at its work → whether one was, within AIM_S.
+
+        Else the order stands: `_count_orders`.
+        """
         verb = kind.rsplit(maxsplit=1)[-1]
-        order = self._orders / verb
+        if kind in self._ordered:
+            return False
+        self._struck = Process(kind, 0, verb)
         unnamed = self._orders / f".{verb}"
         unnamed.write_text(f"{SIGNALS[fault].name[3:]} {self._chance.uniform(0.0, 0.02):.4f}\n")
-        unnamed.rename(order)
+        unnamed.rename(self._orders / verb)
         deadline = time.monotonic() + AIM_S
-        while order.exists() and time.monotonic() < deadline:
+        while (self._orders / verb).exists():
+            if time.monotonic() > deadline:
+                self._ordered[kind] = fault
+                return False
             time.sleep(0.01)  # a file that vanishes tells nobody but who watches; this is the storm's own rhythm
-        self._struck = Process(kind, 0, verb)
-        return not self._withdraw(order)
-
-    @staticmethod
-    def _withdraw(order: Path) -> bool:
-        try:
-            order.unlink()
-        except FileNotFoundError:
-            return False
         return True
+
+    def _count_orders(self) -> None:
+        for kind, fault in list(self._ordered.items()):
+            verb = kind.rsplit(maxsplit=1)[-1]
+            if not (self._orders / verb).exists():
+                del self._ordered[kind]
+                self.tally.strike(kind, fault, verb)
 
     def _start_again(self, struck: Sequence[str]) -> None:
         """A keeper is stood in for by the tree, unless that was struck as well: then who started the daemon does it again."""
         if "keeper" in struck and (victims.ROOT in struck or self._chance.random() < 0.5):
             self._daemon.start()
+
+    def _await_holders(self) -> None:
+        """Wait until keeper and root supervisor have found each other: then each has what the other one holds."""
+        deadline = time.monotonic() + TASK_S
+        while not (self._daemon.tree() and LISTENER in self._held()):
+            if time.monotonic() > deadline:
+                raise Broken("keeper and root supervisor do not find each other")
+
+    def _held(self) -> list[str]:
+        """What the keeper holds; nothing while there is none, or before a new one was told."""
+        connection = connect_to(self._daemon.run_dir / "keeper.sock", socket.SOCK_SEQPACKET, TASK_S)
+        if connection is None:
+            return []
+        with connection:
+            channel = Channel(connection, FROM_KEEPER)
+            try:
+                channel.send(AskState())
+                return channel.receive(TASK_S)[0].names
+            except ChannelClosed:
+                return []
 
     def _await(self, kind: str) -> None:
         """Wait until what was struck is there again, and the daemon answers."""

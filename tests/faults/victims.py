@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -32,7 +31,8 @@ VERBS: Final = ("create", "delete")  # crun and runc are started without executi
 RUNTIMES: Final = tuple(f"runtime at {verb}" for verb in VERBS)
 KINDS: Final = (*COMMS, ROOT, *RUNTIMES)
 HOLDERS: Final = frozenset({"keeper", ROOT})
-HOLDING_S: Final = 1.5  # how long after its start a holder may not have everything yet
+HELD: Final = frozenset({"conmon", "image mount", "workspace mount"})  # hold what holders hold as well, while they live
+AWAY_S: Final = 8.0  # how long a mount's server may be away, when the fork server hangs as well
 
 
 @dataclass(frozen=True)
@@ -72,24 +72,17 @@ def kind_of(comm: str, arguments: list[bytes]) -> str | None:
     return next((kind for kind, name in COMMS.items() if comm.startswith(name[:15])), None)
 
 
-@dataclass
-class Recent:
-    """What was struck lately, as far as the fault model asks for it: not all who hold a task's descriptors at once."""
+def allowed(kinds: Iterable[str], fragile: bool, holders_back: Callable[[], None]) -> bool:
+    """Whether the fault model allows that `kinds` are struck together now.
 
-    conmon_s: float = -1e9
-    holder_s: float = -1e9
-    now_s: float = field(default_factory=time.monotonic)
-
-    def allows(self, kinds: Iterable[str], monitors_dead: bool) -> bool:
-        """Whether `kinds` may be struck together now.  `monitors_dead`: some running task's conmon is dead.
-
-        Keeper, root supervisor and conmon hold a task's pipes, each alone is enough.  A holder that was started again has not got
-        them at once, so a second blow to holders of a task without conmon waits for that.
-        """
-        struck = set(kinds)
-        holders = len(struck & HOLDERS)
-        if not holders:
-            return not ("conmon" in struck and self.now_s - self.holder_s < HOLDING_S)
-        if "conmon" in struck or monitors_dead:
-            return holders == 1 and self.now_s - self.holder_s >= HOLDING_S
-        return True
+    What a task needs of the kernel, its pipes and mounts, is held by keeper, root supervisor and conmon or server, and any of them is
+    enough.  `fragile`: a conmon or a server is dead somewhere.  `holders_back` waits until keeper and root supervisor both hold
+    everything: one that was started again has not got it at once.
+    """
+    struck = set(kinds)
+    holders = len(struck & HOLDERS)
+    if struck & HELD or (holders and fragile):
+        if holders == len(HOLDERS):
+            return False
+        holders_back()
+    return True
