@@ -118,6 +118,7 @@ def gather(settings: Settings, layout: Layout, stand_in_argv: list[str], watcher
         layout.run,
         layout.run / "tasks",
         layout.runtimes,
+        layout.served,
     ):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     descriptors = Descriptors(layout.run / "keeper.sock", stand_in_argv, watcher)

@@ -15,9 +15,19 @@ A task's row is written when the task is accepted and goes through these marks, 
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Final
 
-MIGRATIONS: Final = [
+from supervisor.store import Migration
+
+
+def add_sinks(database: sqlite3.Connection) -> str:
+    """The first version's schema was given `tasks.sinks` without a version of its own: some databases have it, and some have not."""
+    columns = {name for _, name, *_ in database.execute("PRAGMA table_info(tasks)")}
+    return "" if "sinks" in columns else "ALTER TABLE tasks ADD COLUMN sinks BLOB"
+
+
+MIGRATIONS: Final[list[Migration]] = [
     """
     CREATE TABLE tasks (
         task TEXT PRIMARY KEY,
@@ -43,4 +53,5 @@ MIGRATIONS: Final = [
     """,
     # From here on a row says that the archive is here, and `complete` that all of the content is, too.
     "ALTER TABLE contents ADD COLUMN complete INTEGER NOT NULL DEFAULT 1;",
+    add_sinks,
 ]

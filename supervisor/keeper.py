@@ -60,6 +60,7 @@ from supervisor.succession import AlreadyRunning, succeed
 
 EXIT_REFUSES = 78  # EX_CONFIG: the root supervisor says that starting it again would end the same way
 EXIT_RUNNING = 3
+EXIT_FAILED = 70  # EX_SOFTWARE: the log says how
 START_S = 30.0  # how long a root supervisor may take until it says Hello, when a drain waits for it
 STOP_S = 5.0  # how long the fork server may take to end
 
@@ -184,7 +185,7 @@ class Keeper:
         if part is self._root and self._draining and code == 0:
             self._finish(0)
         elif part is self._root and code == EXIT_REFUSES:
-            self._finish(1)
+            self._finish(EXIT_FAILED)
         else:
             say(f"{part.name} (pid {pid}) has ended, {how(code)}; it is started again")
         self._reap()

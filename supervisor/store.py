@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 Statement = tuple[str, Sequence[Any]]
+Migration = str | Callable[[sqlite3.Connection], str]
 
 GROUP_MAX = 256  # requests in one commit, so that the first of them does not wait for ever
 
@@ -24,14 +25,15 @@ class SchemaTooNew(Exception):
 
 
 class Store:
-    """The database at `path`.  `migrations[n]` is the SQL script that takes schema version n to n + 1.
+    """The database at `path`.  `migrations[n]` takes schema version n to n + 1: an SQL script, or a function of the database that
+    makes one, for when it depends on what is there.
 
     `make_room` is called when the disk is full, in the writer's thread, and says whether it is worth trying again.
 
     Raises SchemaTooNew, and sqlite3.Error when it is no database or cannot be opened.
     """
 
-    def __init__(self, path: str, migrations: Sequence[str], make_room: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, path: str, migrations: Sequence[Migration], make_room: Callable[[], bool] = lambda: False) -> None:
         self._make_room = make_room
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._database.execute("PRAGMA journal_mode=WAL")
@@ -61,7 +63,7 @@ class Store:
         self._reader.close()
         self._database.close()
 
-    def _migrate(self, path: str, migrations: Sequence[str]) -> None:
+    def _migrate(self, path: str, migrations: Sequence[Migration]) -> None:
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
         if version > len(migrations):
             raise SchemaTooNew(
@@ -69,7 +71,9 @@ class Store:
                 "start the newer version, or name another state directory"
             )
         for number in range(version, len(migrations)):
-            self._database.executescript(f"BEGIN; {migrations[number]}; PRAGMA user_version={number + 1}; COMMIT;")
+            migration = migrations[number]
+            script = migration if isinstance(migration, str) else migration(self._database)
+            self._database.executescript(f"BEGIN; {script}; PRAGMA user_version={number + 1}; COMMIT;")
 
     def _write_groups(self) -> None:
         closing = False

@@ -74,7 +74,7 @@ class ImageActor(Actor):
             mount = self._mount_of(image)
             if mount.adopt():
                 image.mount = mount
-        mounted = {mount.target for mount in mounts.mounts_below(str(self._mounts))}
+        mounted = self._mounted()
         for lease, found in leased.items():
             path = str(self._mounts / lease)
             if found is None or (task_of(lease) is None and path not in mounted):
@@ -220,15 +220,20 @@ class ImageActor(Actor):
             for asked in [asked for asked in preparing.waiting if asked.message.lease == lease]:
                 preparing.waiting.remove(asked)
                 asked.reply.set_exception(Refusal("the lease was given back before it was there"))
+        known = self._leases.has(lease)
         self._leases.give_back(lease)
-        given = self._given.pop(lease, None)
-        if given is not None and given.path is not None:
-            self.work(("unmount", given.path), self._unmount_root, given.path)
+        self._given.pop(lease, None)
+        # Whatever became of its image, which may have had to be built again under it.
+        if known and task_of(lease) is None and (path := str(self._mounts / lease)) in self._mounted():
+            self.work(("unmount", path), self._unmount_root, path)
         image = self._catalogue.with_lease(lease)
         if image is not None:
             image.leases.discard(lease)
             self._watch_idle(image)
-        return messages.Released(image is not None)
+        return messages.Released(known or image is not None)
+
+    def _mounted(self) -> set[str]:
+        return {mount.target for mount in mounts.mounts_below(str(self._mounts))}
 
     def _unmount_root(self, path: str) -> None:
         mounts.unmount(path, lazily=True)
@@ -390,7 +395,7 @@ class ImageActor(Actor):
         """Give everything back; an archive that is being built is completed first."""
         done = self.deferred()
         self._closing.append(done)
-        for lease in {lease for image in self._images.values() for lease in image.leases}:
+        for lease in {lease for image in self._images.values() for lease in image.leases} | self._leases.all().keys():
             self._release(lease)
         for image in self._images.values():
             if image.idle is not None:

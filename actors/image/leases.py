@@ -30,6 +30,9 @@ class Leases:
         """The digest of each lease's image."""
         return {unquote(name): os.readlink(self._directory / name) for name in os.listdir(self._directory)}
 
+    def has(self, lease: str) -> bool:
+        return os.path.lexists(self._path(lease))
+
     def take(self, lease: str, digest: str) -> None:
         """Take a lease, or move the one of that name to another image."""
         try:

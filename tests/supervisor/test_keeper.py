@@ -12,7 +12,7 @@ import pytest
 
 from supervisor.channel import Channel, ChannelClosed
 from supervisor.isolation import Isolation
-from supervisor.keeper import EXIT_REFUSES, EXIT_RUNNING
+from supervisor.keeper import EXIT_FAILED, EXIT_REFUSES, EXIT_RUNNING
 from supervisor.keeping import TO_KEEPER, Drop, Hello, Keep, Kept, KeptAll, Welcome
 from supervisor.lockfile import sign_of
 from supervisor.pidfd import pid_of
@@ -183,7 +183,7 @@ def test_a_root_supervisor_that_dies_while_it_drains_is_started_again_to_go_on_w
 def test_a_root_supervisor_that_refuses_ends_it(daemon: Daemon, tmp_path: Path) -> None:
     (tmp_path / "exit").write_text(str(EXIT_REFUSES))
     keeper = daemon.start()
-    assert keeper.wait(10) == 1
+    assert keeper.wait(10) == EXIT_FAILED
 
 
 def test_a_root_supervisor_that_ends_by_itself_is_started_again(daemon: Daemon, tmp_path: Path) -> None:
