@@ -174,3 +174,42 @@ def test_a_runtime_killed_at_its_work_costs_the_task_nothing(
         assert daemon.leavings() == []
     # What was killed at its work may have done it all the same.
     assert len(calls.read_text().splitlines()) >= (3 if moment == "before it acts" else 1)
+
+
+WAITING = "echo begun; until [ -e go ]; do sleep 0.02; done; cat small other && exit 7"
+
+
+@pytest.fixture
+def waiting(daemon: Daemon) -> str:
+    """A task whose workspace has no server yet, for all of it is in OBJECTS."""
+    store = daemon.state / "workspaces" / "small"
+    store.mkdir(mode=0o755)
+    for name in ("small", "other"):
+        (store / name).write_text(f"{name}\n")
+    for path in (store, *store.iterdir()):
+        os.chown(path, 1000, 1000)
+    daemon.run("true", workspace="small")
+    task = daemon.submit(WAITING, workspace="small")
+    wait_for_lines(daemon, task, 1)
+    with pytest.raises(LookupError):
+        daemon.pid_of(f"workspace mount {task}")
+    return task
+
+
+@pytest.mark.parametrize("names", [["root supervisor"], ["keeper"], ["fork server"], ["keeper", "root supervisor"]])
+def test_a_kill_while_a_mount_has_no_server_yet(daemon: Daemon, waiting: str, names: list[str]) -> None:
+    for pid in map(daemon.pid_of, names):
+        os.kill(pid, signal.SIGKILL)
+    if names != ["keeper", "root supervisor"]:
+        # Now a server is needed.  (With both dead nobody held the connection; then OBJECTS must do.)
+        for file in (daemon.state / "images/cache").glob("??/*"):
+            if file.read_bytes() == b"other\n":
+                file.unlink()
+    if "keeper" in names:
+        daemon.start()
+    (daemon.run_dir / "tasks" / waiting / "workspace/go").touch()
+    result = daemon.result(waiting)
+    assert daemon.logs(waiting)[0] == b"begun\nsmall\nother\n", (result, daemon.logs(waiting))
+    assert (result.state, result.exit_code, result.sync) == ("stopped", 7, "synced")
+    daemon.wait_released()
+    assert daemon.leavings() == []
