@@ -263,7 +263,7 @@ def operation_name(operation: str, task: str) -> str:
     operation = operation.replace("%2F", "/")
     name = re.sub(rf"(?<![\w-]){re.escape(task)}(?![\w-])", "TASK", operation)
     name = re.sub(r"TASK\.\d+", "TASK.N", name)
-    name = re.sub(r"sha256[:-][0-9a-f]{64}", "DIGEST", name)
+    name = re.sub(r"sha256(?:[:-]|%3A)[0-9a-f]{64}", "DIGEST", name)
     name = re.sub(r"mount-[0-9a-f]{8}-\d+-\d+-[0-9a-f]+", "LEASE", name)
     name = re.sub(r"/[0-9a-f]{2}(?=$| )", "/PREFIX", name)
     name = re.sub(r"RUN/\.\d+", "RUN/.PID", name)

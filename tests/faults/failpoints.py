@@ -274,15 +274,11 @@ FAILPOINTS: dict[str, tuple[str, ...]] = {
         "mount RUN/images/DIGEST",
         "after mount RUN/images/DIGEST",
         "unmount RUN/images/DIGEST.lazy",
-        "remove RUN/leases/.task/TASK",
-        "symlink RUN/leases/.task/TASK",
-        "rename RUN/leases/task/TASK",
+        "symlink RUN/leases/task/TASK",
         "remove RUN/leases/task/TASK",
     ),
     "image mount": (
-        "remove RUN/leases/.LEASE",
-        "symlink RUN/leases/.LEASE",
-        "rename RUN/leases/LEASE",
+        "symlink RUN/leases/LEASE",
         "mkdir RUN/images/LEASE",
         "mount RUN/images/LEASE",
         "after mount RUN/images/LEASE",
@@ -412,6 +408,7 @@ SOMETIMES = (
     "drop fuse/image/DIGEST",
     "drop spool/image/DIGEST",
     "remove RUN/served/image/DIGEST.init",
+    "remove RUN/served/image/DIGEST.lock",
 )
 
 
