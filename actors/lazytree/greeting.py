@@ -10,6 +10,7 @@ Formats: `include/uapi/linux/fuse.h`, 7.31 and later.
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import struct
@@ -73,9 +74,11 @@ def _answer(connection: int, ended: int) -> None:
     waiting = select.poll()
     waiting.register(connection, select.POLLIN)
     waiting.register(ended, select.POLLIN)
+    # The kernel wants room for the largest request, of which none is made; memory that nobody touches costs nothing.
+    room = mmap.mmap(-1, FUSE_READ_BYTES_MAX + BLOCK_BYTES)
     while all(descriptor != ended for descriptor, _ in waiting.poll()):
         try:
-            answer = reply(os.read(connection, FUSE_READ_BYTES_MAX + BLOCK_BYTES))
+            answer = reply(room[: os.readv(connection, [room])])
             if answer is not None:
                 os.write(connection, answer)
         except OSError:

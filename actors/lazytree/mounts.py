@@ -22,6 +22,8 @@ from typing import NamedTuple
 VALUE_BYTES_MAX = 255  # of one fsconfig() string
 FUSE_READ_BYTES_MAX = 1 << 20
 
+_FIRST_READ_BYTES = 8192  # FUSE_MIN_READ_BUFFER: until INIT is answered the kernel wants no more
+
 _FUSECTL = "/sys/fs/fuse/connections"
 
 _AT_FDCWD = -100
@@ -109,7 +111,7 @@ def mount_fuse(target: str, fuse_descriptor: int) -> FuseMount:
     options = [("source", "aerie"), ("fd", str(fuse_descriptor)), ("rootmode", "40000"), ("user_id", "0"), ("group_id", "0")]
     options.append(("max_read", str(FUSE_READ_BYTES_MAX)))
     minor = _mount("fuse", target, options, ["ro", "allow_other", "default_permissions"], _LAYER_ATTRIBUTES)
-    return FuseMount(minor, os.read(fuse_descriptor, FUSE_READ_BYTES_MAX + 4096))
+    return FuseMount(minor, os.read(fuse_descriptor, _FIRST_READ_BYTES))
 
 
 def bind(source: str, target: str) -> None:

@@ -195,6 +195,8 @@ class LazyServer:
             return None
         if isinstance(message, _Wanted):
             if message.server is self and self.wanted and self._await_no_longer():
+                with contextlib.suppress(OSError):  # it is being unmounted
+                    mounts.tune_fuse(self.minor)
                 self._serve()
             return None
         match self._worker.take(message):

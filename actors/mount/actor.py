@@ -214,9 +214,9 @@ class MountActor(Actor):
         mounts.mount_erofs(str(layout.workspace_home / "meta.erofs"), str(layout.workspace_meta))
         data = [objects]
         if self._server.minor:
-            mounts.tune_fuse(self._server.minor)
             data.append(str(layout.workspace_lazy))
-            if served:
+            if served:  # else it is tuned when a server is wanted
+                mounts.tune_fuse(self._server.minor)
                 self._read_through()
         if not layout.staging.exists():
             mounts.make_upper(str(layout.staging), str(layout.staging_work), str(layout.workspace_meta))
