@@ -6,6 +6,7 @@ Floor and ours take turns in one run, so that what else the machine does hits bo
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -38,6 +39,8 @@ def main() -> int:
         for name in arguments.parts or PARTS:
             print(name, file=sys.stderr, flush=True)
             rows += list(PARTS[name](site))
+    # Figures without a floor are of a machine that has nothing else to do; this says whether it had.
+    print(f"the load average is {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)
     print(as_json(rows) if arguments.json else table(rows))
     return 0
 
