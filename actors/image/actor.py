@@ -247,6 +247,8 @@ class ImageActor(Actor):
         return mount
 
     def _make_mount(self, image: Image) -> None:
+        """For those who wait for it; what is missing is fetched from where the last of them named it."""
+        self._catalogue.name(image, Reference.parse(image.waiting[-1].message.reference))
         image.mount = self._mount_of(image)
         image.mount.make()
 

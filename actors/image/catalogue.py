@@ -107,6 +107,12 @@ class Catalogue:
         )
         return image
 
+    def name(self, image: Image, reference: Reference) -> None:
+        """The image is wanted by this reference now: it leads to a registry that is there, most likely."""
+        if image.reference != str(reference):
+            image.reference = str(reference)
+            self._store.write(("UPDATE contents SET reference = ? WHERE digest = ?", (image.reference, image.digest)))
+
     def find(self, digest: str) -> Image | None:
         """The image, also when its row had not reached the store before everything was killed.  Blocks."""
         if digest not in self.images:

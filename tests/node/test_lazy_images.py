@@ -263,6 +263,22 @@ def test_an_image_is_mounted_and_unmounted_again_and_again(tmp_path: Path, big: 
         assert not mounts_below(str(daemon.run_dir / "images"))
 
 
+def test_an_image_is_fetched_from_where_it_was_named_last(tmp_path: Path, big: Big, registry: RunningRegistry) -> None:
+    with cold(tmp_path, big, AERIE_IMAGE_IDLE_UNMOUNT="0s") as daemon:
+        out(daemon, "md5sum /data/1")
+        wait_without(daemon, f"image mount {big.reference}")
+        big.proxy.on("", status(503))  # it was there once, and is no more
+        elsewhere = f"{registry.address}/big:1"
+        task = daemon.submit("until [ -e /go ]; do sleep 0.1; done; md5sum /data/2", image=elsewhere)
+        daemon.wait_running(task)
+        os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
+        daemon.close_client()
+        os.kill(daemon.wait_pid(f"image mount {elsewhere}"), signal.SIGKILL)  # the next one knows it, too
+        (daemon.run_dir / "tasks" / task / "root/go").touch()
+        assert daemon.result(task).exit_code == 0
+        assert daemon.logs(task)[0].split()[0].decode() == md5(2)
+
+
 # --- kills
 
 
