@@ -325,6 +325,23 @@ def test_a_kill_while_cold_content_is_read_costs_nothing(
         assert sums == [md5(number) for number in numbers]
 
 
+def test_take_over_under_a_task_that_reads_cold_content(tmp_path: Path, big: Big) -> None:
+    with cold(tmp_path, big) as daemon:
+        out(daemon, "true")
+        big.proxy.on(BLOBS, throttle(2 * MIB))
+        task = daemon.submit("cd /data; for i in 0 1 2 3 4 5 6 7 8 9; do md5sum $i || exit 9; done")
+        journal = daemon.state / "tasks" / task / "output/journal"
+        wait_for(lambda: journal.exists() and journal.stat().st_size > 0)
+        pid = daemon.pid_of(f"image mount {big.reference}")
+        daemon.close_client()
+        daemon.start("--take-over")
+        big.proxy.behave()
+        result = daemon.result(task)
+        assert (result.exit_code, result.error) == (0, None)
+        assert [line.split()[0] for line in daemon.logs(task)[0].decode().splitlines()] == [md5(number) for number in range(10)]
+        assert daemon.pid_of(f"image mount {big.reference}") == pid  # it was adopted, and not replaced
+
+
 def test_a_task_keeps_its_image_when_the_daemon_is_killed_and_forgets_who_leased(tmp_path: Path, big: Big) -> None:
     with cold(tmp_path, big, AERIE_IMAGE_IDLE_UNMOUNT="1s") as daemon:
         task = daemon.submit("until [ -e /go ]; do sleep 0.1; done; md5sum /data/11")
