@@ -163,7 +163,10 @@ class ImageActor(Actor):
             asked.reply.set_exception(error)
             return
         image.leases.add(asked.message.lease)
-        image.login = asked.message.login or image.login
+        if asked.message.login is not None:
+            image.login = asked.message.login
+            if image.mount is not None:
+                image.mount.login = image.login
         if image.idle is not None:
             image.idle.cancel()
             image.idle = None

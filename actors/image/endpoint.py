@@ -34,6 +34,14 @@ _DISCARD_BYTES_MAX = 64 << 10
 _PUT_OFF_S = 60.0
 
 
+class _TokenRefused(Exception):
+    """The token server does not know us, so it says with this status; there may be a newer login."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 class Endpoint:
     """`name` is the host, for errors; `url` its API for the one repository (https://HOST/v2/REPOSITORY); `about` the image.
 
@@ -150,24 +158,24 @@ class Endpoint:
         """
         discard(response)  # so that the connection can be used again
         self._challenge = parse_challenge(response.headers.getlist("WWW-Authenticate"), self._scope) or self._challenge
-        refusal = None
+        refusal: _TokenRefused | None = None
         for renewing in (True,) if renew else (False, True):
             if renewing and not self._renew_login():
                 break
             try:
                 proof = self._proof(patience)
-            except Unauthorised as error:
+            except _TokenRefused as error:
                 refusal = error
                 continue
             if proof is not None and proof != self._authorization:
                 self._authorization = proof
                 return True
         if refusal is not None:
-            raise refusal
+            raise self._unauthorised(refusal.status)
         return False
 
     def _proof(self, patience: Patience) -> str | None:
-        """An Authorization header for the challenge; None when we have nothing to show."""
+        """An Authorization header for the challenge; None when we have nothing to show.  Raises _TokenRefused, ImageError."""
         login = self._known_login()
         if login is not None and is_token(login.registry_token):
             return f"Bearer {login.registry_token}"
@@ -178,7 +186,7 @@ class Endpoint:
         return None
 
     def _token(self, challenge: BearerChallenge, login: Login | None, patience: Patience) -> str:
-        """A new token.  Raises ImageError."""
+        """A new token.  Raises _TokenRefused, ImageError."""
         if self._url.startswith("https:") and not challenge.realm.startswith("https:"):
             raise RegistryBroken(f"{self.name} sends us to {challenge.realm}, without TLS, for a token")
         if login is not None and login.identity_token:
@@ -191,6 +199,8 @@ class Endpoint:
         except HTTPError as error:
             raise self.unreachable(error) from None
         discard(answer)
+        if answer.status in (401, 403):
+            raise _TokenRefused(answer.status)
         if token is None:
             raise self._refused(answer)
         return token
@@ -213,16 +223,19 @@ class Endpoint:
     def _refused(self, response: urllib3.BaseHTTPResponse) -> ImageError:
         host, status = self.name, response.status
         if status in (401, 403):
-            had = "these credentials" if self._login else "anonymous access"
-            return Unauthorised(
-                f"{self._about}: {host} refuses {had} ({status}){self._login_problem}: "
-                f"the image does not exist, or `docker login {host}` with an account that may read it is needed"
-            )
+            return self._unauthorised(status)
         if status == 429:
             wait_s = retry_after_s(response.headers)
             when = f"in {wait_s:.0f} s" if wait_s else "later"
             return RegistryUnreachable(f"{self._about}: {host} answers too many requests (429); try again {when}, or log in")
         return RegistryBroken(f"{self._about}: {host} answers {status} {response.reason or ''}".rstrip() + "; see its log")
+
+    def _unauthorised(self, status: int) -> Unauthorised:
+        had = "these credentials" if self._login else "anonymous access"
+        return Unauthorised(
+            f"{self._about}: {self.name} refuses {had} ({status}){self._login_problem}: "
+            f"the image does not exist, or `docker login {self.name}` with an account that may read it is needed"
+        )
 
 
 def discard(response: urllib3.BaseHTTPResponse) -> None:

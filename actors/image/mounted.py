@@ -22,6 +22,7 @@ from loguru import logger
 
 from actors.image import spool, wire
 from actors.image.archive import Archive, archive_path
+from actors.image.credentials import docker_login
 from actors.image.errors import ArchiveInvalid
 from actors.image.login import Access, Login
 from actors.image.mirrors import mirrors_of
@@ -36,7 +37,7 @@ from supervisor.answers import Worked, WorkFailed
 from supervisor.frames import Codec
 
 SAMPLE = 256  # objects
-SERVER_SAYS = Codec(Ready, Progress, ReadFailed, wire.Completed)
+SERVER_SAYS = Codec(Ready, Progress, ReadFailed, wire.Completed, wire.LoginWanted)
 
 
 class State(Enum):
@@ -70,6 +71,14 @@ class Removed:
 @dataclass(frozen=True, eq=False)
 class _NotReady:
     mount: ImageMount
+
+
+@dataclass(frozen=True, eq=False)
+class _Login:
+    """Docker's login for a registry is looked for, beside all other work."""
+
+    mount: ImageMount
+    registry: str
 
 
 class ImageMount:
@@ -164,6 +173,10 @@ class ImageMount:
             case WorkFailed((owner, step), error) if owner is self:
                 self._doing = ""
                 event = self._work_failed(step, error)
+            case Worked(_Login(owner, registry), login) if owner is self:
+                self._lazy.send(wire.LoginFound(registry, login))
+            case WorkFailed(_Login(owner, registry), error) if owner is self:
+                self._lazy.send(wire.LoginFound(registry, None, str(error)))
             case _NotReady(owner):
                 if owner is self and self.state is State.MAKING:
                     time_s = self._services.settings.mount.ready_timeout_s
@@ -179,9 +192,18 @@ class ImageMount:
                 self._ready = True
             case wire.Completed(rows):
                 self._completed.update(rows)
+            case wire.LoginWanted(registry):
+                self._find_login(registry)
             case ReadFailed() as failed:
                 return failed
         return None
+
+    def _find_login(self, registry: str) -> None:
+        """A registry or mirror refuses the server's login: that of the last task that brought one, or Docker's, may be newer."""
+        if self.login is not None and registry == Reference.parse(self._reference).registry:
+            self._lazy.send(wire.LoginFound(registry, self.login))
+        else:
+            self._actor.work(_Login(self, registry), docker_login, registry)
 
     def _go_on(self) -> None:
         """Begin what is to be done next, unless something is being done."""

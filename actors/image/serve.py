@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import trio
 
 from actors.image import spool
 from actors.image.archive import Archive
-from actors.image.credentials import HelperFailed, docker_login
+from actors.image.credentials import HELPER_TIMEOUT_S, FindLogin, HelperFailed, docker_login
 from actors.image.login import Login
 from actors.image.mirrors import host_of
 from actors.image.reference import Reference
 from actors.image.registry import Registry
 from actors.image.source import RegistrySource
-from actors.image.wire import Completed, ServeImage, Taken
+from actors.image.wire import Completed, LoginFound, LoginWanted, ServeImage, Taken
 from actors.lazytree.server import drop_privileges, serve_tree
 from actors.lazytree.wire import ServeTree
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
@@ -25,6 +26,7 @@ from supervisor.frames import Codec, FrameError, Message
 
 ROWS_MAX = 4096  # in one message
 SAY_AGAIN_S = 5.0
+LOGIN_TIMEOUT_S = HELPER_TIMEOUT_S + 1.0  # for the parent to find one
 
 TELL_AGAIN_S = 0.05  # a failed read's reason: tasks come and go, and each is to have it
 
@@ -32,8 +34,8 @@ TELL_AGAIN_S = 0.05  # a failed read's reason: tasks come and go, and each is to
 def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     """Serve a `ServeImage` on its two descriptors, FUSE connection and spool, until the mount is gone.
 
-    Says `Ready`, `Progress`, `ReadFailed` (`lazytree.wire`) and `Completed`; is told `Taken`.  Without a spool (whoever held it
-    is dead) it makes one for itself, from which nobody publishes.
+    Says `Ready`, `Progress`, `ReadFailed` (`lazytree.wire`), `Completed` and `LoginWanted`; is told `Taken` and `LoginFound`.
+    Without a spool (whoever held it is dead) it makes one for itself, from which nobody publishes.
     """
     order: ServeImage = Codec(ServeImage).decode(arguments)
     fuse_descriptor = descriptors[0]
@@ -43,7 +45,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     spans = archive.spans(table)
     reference = Reference.parse(order.reference)
     access = order.access
-    find_login = _logins([*([] if access.login else [reference.registry]), *map(host_of, access.mirrors)])
+    logins = Logins([reference.registry, *map(host_of, access.mirrors)], {reference.registry: access.login})
     handover = Handover()
     source = RegistrySource(
         table,
@@ -52,30 +54,36 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         [layer.digest for layer in archive.info.layers],
         spool.Spool(spool_descriptor, spans),
         os.open(order.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC),
-        lambda: Registry(reference, access.login, mirrors=access.mirrors, find_login=find_login),
+        lambda: Registry(reference, mirrors=access.mirrors, find_login=logins.finder()),
         order.read_timeout_s,
         order.spool_bytes_max,
         handover.add,
     )
     drop_privileges(order.uid, order.gid)
-    channel = Channel(end, Codec(Taken))
+    channel = Channel(end, Codec(Taken, LoginFound))
     tree = ServeTree("", "", order.init_request, order.replacement, order.read_timeout_s)
-    beside = partial(_run, channel, source, handover, order.replacement)
+    beside = partial(_run, channel, source, handover, logins, order.replacement)
     serve_tree(channel, fuse_descriptor, tree, table, source, beside, TELL_AGAIN_S)
 
 
 async def _run(
-    channel: Channel, source: RegistrySource, handover: Handover, replacement: bool, tell: Callable[[Message], None]
+    channel: Channel,
+    source: RegistrySource,
+    handover: Handover,
+    logins: Logins,
+    replacement: bool,
+    tell: Callable[[Message], None],
 ) -> None:
+    logins.tell = tell
     async with trio.open_nursery() as nursery:
         nursery.start_soon(source.run)
         nursery.start_soon(handover.run, tell)
-        nursery.start_soon(_listen, channel, source, handover)
+        nursery.start_soon(_listen, channel, source, handover, logins)
         if replacement:
             nursery.start_soon(source.inherited)
 
 
-async def _listen(channel: Channel, source: RegistrySource, handover: Handover) -> None:
+async def _listen(channel: Channel, source: RegistrySource, handover: Handover, logins: Logins) -> None:
     while True:
         await trio.lowlevel.wait_readable(channel.fileno())
         try:
@@ -84,8 +92,11 @@ async def _listen(channel: Channel, source: RegistrySource, handover: Handover) 
             continue  # a message of another version's parent, perhaps: what it took is said again
         except ChannelClosed:
             return  # nobody publishes any more; the mount is served on
-        handover.remove(message.rows)
-        await source.taken(message.rows)
+        if isinstance(message, LoginFound):
+            logins.take(message)
+        else:
+            handover.remove(message.rows)
+            await source.taken(message.rows)
 
 
 class Handover:
@@ -120,19 +131,51 @@ class Handover:
                 again_s = trio.current_time() + SAY_AGAIN_S
 
 
-def _logins(registries: Sequence[str]) -> Callable[[str], Login | None]:
-    """Docker's logins for these registries, found while they may be read; a failure is raised when its login is asked for."""
-    found: dict[str, Login | HelperFailed | None] = {}
-    for registry in registries:
-        try:
-            found[registry] = docker_login(registry)
-        except HelperFailed as error:
-            found[registry] = error
+class Logins:
+    """The logins for some registries: what is `given` for one, or Docker's, found while that may be read; later, what the parent finds.
 
-    def find(registry: str) -> Login | None:
-        login = found.get(registry)
-        if isinstance(login, HelperFailed):
-            raise login
-        return login
+    Finders are for the threads of the registries' clients.  `tell` is how the parent is asked, in trio's thread.
+    """
 
-    return find
+    def __init__(self, registries: Sequence[str], given: Mapping[str, Login | None]) -> None:
+        self.tell: Callable[[Message], None] = lambda _: None
+        self._changed = threading.Condition()
+        self._version = 0
+        self._found: dict[str, tuple[int, Login | HelperFailed | None]] = {}
+        for registry in registries:
+            login: Login | HelperFailed | None = given.get(registry)
+            try:
+                self._found[registry] = (0, login or docker_login(registry))
+            except HelperFailed as error:
+                self._found[registry] = (0, error)
+
+    def finder(self) -> FindLogin:
+        """Finds logins for one client, which asks a second time when the first login was refused.  Raises HelperFailed."""
+        shown: dict[str, int] = {}
+
+        def find(registry: str) -> Login | None:
+            if registry in shown:
+                self._ask(registry, shown[registry])
+            shown[registry], login = self._found.get(registry, (0, None))
+            if isinstance(login, HelperFailed):
+                raise login
+            return login
+
+        return find
+
+    def take(self, message: LoginFound) -> None:
+        """What the parent has found."""
+        with self._changed:
+            self._version += 1
+            found = HelperFailed(message.problem) if message.problem else message.login
+            self._found[message.registry] = (self._version, found)
+            self._changed.notify_all()
+
+    def _ask(self, registry: str, version: int) -> None:
+        """See to it that what is known is newer than that, unless the parent does not answer."""
+        with self._changed:
+            if self._found.get(registry, (0, None))[0] > version:
+                return  # it was asked for another client
+        trio.from_thread.run_sync(self.tell, LoginWanted(registry))
+        with self._changed:
+            self._changed.wait_for(lambda: self._found.get(registry, (0, None))[0] > version, LOGIN_TIMEOUT_S)

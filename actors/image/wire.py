@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.image.login import Access
+from actors.image.login import Access, Login
 from supervisor.frames import Message
 
 
@@ -107,7 +107,8 @@ class ServeImage(Message, frozen=True):
     the archive is that of whoever built it, with another registry perhaps).  `objects`: OBJECTS, which the server reads and does
     not write.  `spool_bytes_max`: what it may take of the spool's file system before it gives up what is oldest there.  The rest is
     as in `lazytree.wire.ServeTree`.
-    The registry's credentials are those of `access`, or Docker's (config.json), read before the server drops its privileges.
+    The registry's credentials are those of `access`, or Docker's (config.json), read before the server drops its privileges; when
+    they are refused, it asks for newer ones (`LoginWanted`).
     """
 
     archive: str
@@ -130,6 +131,23 @@ class Completed(Message, frozen=True):
     """
 
     rows: list[int]
+
+
+class LoginWanted(Message, frozen=True):
+    """From an image mount: `registry` (or mirror) refuses what it was shown, and the server may not look for what is newer itself.
+
+    The parent answers with `LoginFound`.
+    """
+
+    registry: str
+
+
+class LoginFound(Message, frozen=True):
+    """To an image mount: what there is now for `registry`; None when there is nothing.  `problem`: a credential helper failed."""
+
+    registry: str
+    login: Login | None
+    problem: str = ""
 
 
 class Taken(Message, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,3 +74,33 @@ def test_mirrors_serve_what_their_registry_does_not(tmp_path: Path, registry: Ru
         assert (result.state, result.exit_code) == ("stopped", 0), result
         assert proxy.seen("ns=registry.invalid")
         assert "registry.invalid" in (daemon.run("true", image="registry.invalid/nosuch:1").error or "")
+
+
+def test_dockers_credentials_are_renewed_while_an_image_is_mounted(
+    tmp_path: Path, registry: RunningRegistry, image: str
+) -> None:
+    def docker_config(password: str) -> None:
+        auths = {proxy.address: {"username": "me", "password": password}}
+        (tmp_path / "config.json").write_text(json.dumps({"auths": auths}))
+
+    homes = [tmp_path / "1", tmp_path / "2"]
+    for home in homes:
+        home.mkdir()
+    shared = {"AERIE_IMAGE_ARCHIVE_DIR": str(tmp_path / "archives"), "DOCKER_CONFIG": str(tmp_path)}
+    with Proxy(registry.address) as proxy:
+        docker_config("old")
+        private = f"{proxy.address}/{image.partition('/')[2]}"
+        with running(homes[0], private, **shared) as daemon:
+            assert daemon.run("true").exit_code == 0  # it has built the archive
+        gate = TokenGate(proxy)
+        gate.passwords = {"me": "old"}
+        with running(homes[1], private, **shared) as daemon:
+            assert daemon.run("true").exit_code == 0
+            server = daemon.pid_of(f"image mount {proxy.address}/busybox:1")
+            gate.passwords = {"me": "new"}
+            gate.revoke()
+            docker_config("new")
+            result = daemon.run("md5sum /etc/data")
+            assert result.exit_code == 0, result
+            assert hashlib.md5(bytes(range(256)) * 4000).hexdigest().encode() in daemon.logs(result.task)[0]
+            assert daemon.pid_of(f"image mount {proxy.address}/busybox:1") == server

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import random
 import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from actors.image.login import Access, Login
 from actors.image.serve import serve
-from actors.image.wire import Completed, ServeImage, Taken
+from actors.image.wire import Completed, LoginFound, LoginWanted, ServeImage, Taken
 from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
 from actors.lazytree.wire import Progress, ReadFailed, Ready
@@ -25,11 +29,11 @@ from supervisor.channel import Channel, ChannelTimeout
 from supervisor.frames import Codec, Message
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
 from tests.actors.image.lazy import Image, damaged
-from tests.actors.image.proxy import Proxy, silent, status, throttle
+from tests.actors.image.proxy import Proxy, TokenGate, silent, status, throttle
 from tests.actors.lazytree.harness import fork, in_child
 
 MIB = 1 << 20
-SAYS = Codec(Ready, Progress, ReadFailed, Completed)
+SAYS = Codec(Ready, Progress, ReadFailed, Completed, LoginWanted)
 
 
 def noise(size: int, seed: int = 0) -> bytes:
@@ -40,10 +44,13 @@ BIG = noise(MIB) * 100  # as much as it says: a mebibyte is far beyond deflate's
 FILES = {"big": BIG, "other": noise(7 * MIB, 1), "small": noise(9000, 2), "program": noise(40_000, 3)}
 
 
+NOBODY = Access()
+
+
 class Mount:
     """The LAZY layer of an image, and its servers one after another."""
 
-    def __init__(self, home: Path, image: Image, read_timeout_s: float = 10.0) -> None:
+    def __init__(self, home: Path, image: Image, read_timeout_s: float = 10.0, access: Access = NOBODY) -> None:
         self.image = image
         self.path = home / "lazy"
         self.path.mkdir()
@@ -55,6 +62,7 @@ class Mount:
             objects=image.objects_directory,
             init_request=self._connection.init_request,
             read_timeout_s=read_timeout_s,
+            access=access,
         )
         self.pid = 0
         self.serve()
@@ -151,7 +159,7 @@ def mount(tmp_path: Path, built: Image, proxy: Proxy) -> Iterator[Callable[..., 
     proxy.forget()
     with ExitStack() as stack:
 
-        def make(**fields: float) -> Mount:
+        def make(**fields: Any) -> Mount:
             image = stack.enter_context(closing(built.elsewhere(tmp_path)))
             return stack.enter_context(closing(Mount(tmp_path, image, **fields)))
 
@@ -316,3 +324,49 @@ def test_a_thousand_reads_at_once_take_little_memory(mount: Callable[..., Mount]
 def private_bytes(pid: int) -> int:
     fields = Path(f"/proc/{pid}/smaps_rollup").read_text().split("\n")
     return sum(int(field.split()[1]) << 10 for field in fields if field.startswith(("Private_Clean", "Private_Dirty")))
+
+
+@pytest.mark.parametrize("brought", [True, False])
+def test_credentials_that_run_out_are_renewed_while_the_image_is_mounted(
+    mount: Callable[..., Mount], proxy: Proxy, brought: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may read no file of root's any more; its parent may."""
+    registry = f"{proxy.address}"
+    gate = TokenGate(proxy)
+    gate.passwords = {"me": "old"}
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    if not brought:
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {registry: {"username": "me", "password": "old"}}}))
+    mounted = mount(access=Access(Login("me", "old")) if brought else NOBODY)
+    mounted.read(BIG, 0, 100_000)
+
+    gate.passwords = {"me": "new"}
+    gate.revoke()
+    asked: list[Message] = []
+
+    def parent() -> None:
+        asked.append(mounted.next(LoginWanted))
+        mounted.channel.send(LoginFound(registry, Login("me", "new")))
+
+    answering = threading.Thread(target=parent)
+    answering.start()
+    mounted.read(BIG, 30 * MIB, 100_000)
+    answering.join()
+    assert asked == [LoginWanted(registry)]
+    mounted.read(BIG, 60 * MIB, 100_000)
+
+    gate.passwords = {"me": "newer"}
+    gate.revoke()
+
+    def helpless() -> None:
+        asked.append(mounted.next(LoginWanted))
+        mounted.channel.send(LoginFound(registry, None, "docker-credential-x failed: no keyring"))
+
+    answering = threading.Thread(target=helpless)
+    answering.start()
+    with pytest.raises(OSError, match="Input/output error"):
+        mounted.read(BIG, 90 * MIB, 100_000)
+    answering.join()
+    failed = mounted.next(ReadFailed)
+    assert isinstance(failed, ReadFailed)
+    assert "refuses these credentials (401) (docker-credential-x failed: no keyring)" in failed.reason
