@@ -42,6 +42,7 @@ from supervisor.lockfile import LockFile
 HEARTBEAT_S = 1.0
 # Jobs at once.  A listing never waits for an upload, nor a task that has ended for one that runs.
 INDEXING_MAX, SYNCING_MAX, SYNCING_RUNNING_MAX = 2, 4, 2
+SETTLING_MAX = 8  # they do nothing but wait for the disk, for which one wait does as well as eight
 
 _libc = ctypes.CDLL(None)
 _M_ARENA_MAX = -8  # mallopt(3)
@@ -58,12 +59,13 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     gc.disable()
     _libc.mallopt(_M_ARENA_MAX, 1)  # an arena to each thread would keep three times as much from being given back
     channel = Channel(end, JOBS)
-    indexing = _Workers(channel, INDEXING_MAX, partial(_index, Indexer()))
+    settling = _Workers(channel, SETTLING_MAX, _settle, gives_back=False)
+    indexing = _Workers(channel, INDEXING_MAX, partial(_index, Indexer(), settling.jobs.put))
     changes = Changes()
     syncing = _Workers(channel, SYNCING_MAX, partial(_sync, changes))
     syncing_running = _Workers(channel, SYNCING_RUNNING_MAX, partial(_sync_running, changes))
     caching = _Workers(channel, 1, _cache)
-    everybody = (indexing, syncing, syncing_running, caching)
+    everybody = (indexing, settling, syncing, syncing_running, caching)
     beat_s = time.monotonic()
     while True:
         try:
@@ -91,13 +93,19 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
 
 
 class _Workers:
-    """Threads that do jobs and send the answers.  They are no reason for the process to stay."""
+    """Threads that do jobs and send the answers.  They are no reason for the process to stay.
 
-    def __init__(self, channel: Channel, count: int, work: Callable[[Any, Callable[[Message], None]], object]) -> None:
+    `gives_back`: when there is nothing more to do, the memory that listings took goes back to the node.
+    """
+
+    def __init__(
+        self, channel: Channel, count: int, work: Callable[[Any, Callable[[Message], None]], object], gives_back: bool = True
+    ) -> None:
         self.jobs: queue.SimpleQueue[IndexWorkspace | SyncWorkspace | CacheObjects] = queue.SimpleQueue()
         self.running = 0
         self._channel = channel
         self._work = work
+        self._gives_back = gives_back
         self._lock = threading.Lock()
         for _ in range(count):
             threading.Thread(target=self._run, daemon=True).start()
@@ -113,8 +121,9 @@ class _Workers:
             except Exception as error:  # noqa: BLE001 (whatever it is, the job has an answer, and the other jobs go on)
                 traceback.print_exc()
                 self._send(JobFailed(job.job, f"{type(error).__name__}: {error}"))
-            gc.collect()
-            _libc.malloc_trim(0)  # a listing's memory goes back to the node
+            if self._gives_back and self.jobs.empty():
+                gc.collect()
+                _libc.malloc_trim(0)
             self._count(-1)
 
     def _send(self, answer: Message) -> None:
@@ -125,7 +134,9 @@ class _Workers:
             self.running += change
 
 
-def _index(indexer: Indexer, job: IndexWorkspace, send: Callable[[Message], None]) -> None:
+def _index(
+    indexer: Indexer, settle: Callable[[IndexWorkspace], None], job: IndexWorkspace, send: Callable[[Message], None]
+) -> None:
     with closing(Objects(job.objects_dir)) as objects:
         try:
             listed = indexer.index(job.store, job.directory, objects, job.bounds, job.small_bytes_max, job.small_s)
@@ -134,8 +145,13 @@ def _index(indexer: Indexer, job: IndexWorkspace, send: Callable[[Message], None
             return
     skipped, skipped_count = _shown(f"{_readable(path)}: {reason}" for path, reason in listed.skipped)
     send(Indexed(job.job, listed.entries, listed.objects, listed.content_bytes, listed.missing, skipped, skipped_count))
+    settle(job)
+
+
+def _settle(job: IndexWorkspace, send: Callable[[Message], None]) -> None:
+    """Nobody needs to wait for it, for staging is empty still; the next listing neither."""
     with suppress(FileNotFoundError):  # the task is over already
-        make_listing_durable(job.directory)  # nobody needs to wait for it: staging is empty still
+        make_listing_durable(job.directory)
 
 
 def _cache(job: CacheObjects, send: Callable[[Message], None]) -> None:
