@@ -55,6 +55,7 @@ def process(name: str, arguments: list[str]) -> int:
         case "stand-in":
             return keep(float(arguments[0]), stand_in=True)  # what was checked when the daemon was started is not checked again
         case "fork-server":
+            from actors.lazytree.server import warm_up
             from actors.settings import SettingsError, load_settings
             from supervisor.forkserver import main as serve_forks
 
@@ -65,7 +66,7 @@ def process(name: str, arguments: list[str]) -> int:
                     preload = (*PRELOAD, *PRELOAD_FOR_A_BUCKET)
             except SettingsError:
                 pass  # they were right when the daemon was started; a builder loads what it needs itself
-            serve_forks(run / "forkserver.sock", run / "forkserver.lock", preload)
+            serve_forks(run / "forkserver.sock", run / "forkserver.lock", preload, warm_up)
         case "root":
             from actors.node import main as supervise
 

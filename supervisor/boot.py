@@ -43,18 +43,22 @@ def beat() -> None:
         _place.beat()
 
 
-def run_entry(request: Fork, end: int, descriptors: list[int]) -> None:
-    """Become the process asked for, whose life is one call of its entry ("package.module:function")."""
-    global _place
-    name_process(request.name)
+def leave_fork_server(keep: list[int]) -> None:
+    """Be a process of one's own, just forked: with these descriptors, and nothing else of the fork server's."""
     # The fork server's handlers are not ours, and a child of it is ended by SIGTERM and SIGINT like any process.
     signal.set_wakeup_fd(-1)
     for number in (*ENDING, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     os.setsid()  # a terminal's ^C is for the keeper, which drains; it must not reach a process that serves a mount
-    only_these([end, *descriptors])
+    only_these(keep)
     faulthandler.enable()  # SIGABRT too: how a watchdog asks a hung process where it is before killing it
+
+
+def run_entry(request: Fork, end: int, descriptors: list[int]) -> None:
+    """Become the process asked for, whose life is one call of its entry ("package.module:function")."""
+    global _place
+    name_process(request.name)
     module, _, function = request.entry.partition(":")
     serve = getattr(importlib.import_module(module), function)
     if request.lock:

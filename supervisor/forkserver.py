@@ -1,8 +1,10 @@
 """The fork server: one single-threaded process with the heavy imports preloaded, from which every isolated process is forked.
 
-A fork costs about 10 ms and shares the imports' memory; a fresh interpreter would cost ten times both.  The server knows
-its children only to reap them: its death hurts none of them, and whoever started it starts another, which takes its place at the
-same path; who asks in between waits for it there (`isolation`).
+A fork costs a few milliseconds and shares the imports' memory; a fresh interpreter would cost a hundred times as long.  One child, the
+*spare*, is forked before anybody asks and becomes what is asked for next, which makes it less: a reader may be waiting for that.
+
+The server knows its children only to reap them: its death hurts none of them, and whoever started it starts another, which takes its
+place at the same path; who asks in between waits for it there (`isolation`).
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import multiprocess  # type: ignore[import-untyped]
 
-from supervisor.boot import ENDING, name_process, run_entry
+from supervisor.boot import ENDING, leave_fork_server, name_process, run_entry
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.forkprotocol import REQUESTS, Fork, Forked, ForkFailed
 from supervisor.frames import FrameError, Message
@@ -29,21 +31,31 @@ from supervisor.lockfile import LockFile
 from supervisor.pulse import BEAT_S
 from supervisor.sockets import listen_at
 
+SPARE_S = 0.005  # without a request, until another spare is forked: one that comes meanwhile need not wait for that
+
 
 class ForkServer:
     """Serves fork requests on `listener` until SIGTERM.  `packages`: an entry must be in one of them.
 
-    `beat` is called every `pulse.BEAT_S`.
+    `beat` is called every `pulse.BEAT_S`; `warm_up` in the spare, while it waits for nobody.
     """
 
-    def __init__(self, listener: socket.socket, packages: Sequence[str], beat: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        packages: Sequence[str],
+        beat: Callable[[], None],
+        warm_up: Callable[[], None] = lambda: None,
+    ) -> None:
         self._beat = beat
+        self._warm_up = warm_up
         self._listener = listener
         self._packages = tuple(packages)
         self._context = multiprocess.get_context("fork")
         self._selector = selectors.DefaultSelector()
         self._stopping = False
         self._sockets: list[socket.socket] = [listener]
+        self._spare: tuple[Any, Channel] | None = None  # its multiprocess.Process, and where it hears what it is to be
 
     def run(self) -> None:
         wake_end, wake = socket.socketpair()
@@ -60,14 +72,25 @@ class ForkServer:
             if time.monotonic() >= beat_s:
                 beat_s = time.monotonic() + BEAT_S
                 self._beat()
-            for key, _ in self._selector.select(max(0.0, beat_s - time.monotonic())):
+            pause_s = max(0.0, beat_s - time.monotonic())
+            events = self._selector.select(pause_s if self._spare else min(pause_s, SPARE_S))
+            if not events and self._spare is None:
+                self._fork_spare()
+            for key, _ in events:
                 if key.fileobj is wake_end:
                     wake_end.recv(4096)
                     multiprocess.active_children()  # reaps what ended; this process is the only one that waits for them
+                    if self._spare is not None and not self._spare[0].is_alive():
+                        self._take_spare()[1].close()
                 elif key.fileobj is self._listener:
                     self._accept()
                 else:
                     self._answer(key.data)
+        if self._spare is not None:
+            spare, channel = self._take_spare()
+            channel.close()
+            spare.kill()
+            spare.join()
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -110,22 +133,64 @@ class ForkServer:
         module, _, function = request.entry.partition(":")
         if module.partition(".")[0] not in self._packages or not function or not descriptors:
             raise ValueError(f"{request.entry} is no entry, or it came without a channel")
-        process = self._context.Process(target=self._become, args=(request, descriptors), daemon=False)
+        if self._spare is not None:
+            spare, channel = self._take_spare()
+            try:
+                channel.send(request, descriptors, 0)
+                return int(spare.pid)
+            except (ChannelClosed, ChannelTimeout):
+                pass  # somebody has killed it
+            finally:
+                channel.close()
+        return int(self._start(self._become, request, descriptors).pid)
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> Any:
+        process = self._context.Process(target=target, args=arguments, daemon=False)
         # A signal that comes before the child has given up this process's handlers waits until it has, and is not lost.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-        return int(process.pid)
+        return process
+
+    def _fork_spare(self) -> None:
+        channel, end = Channel.pair(REQUESTS)
+        self._sockets.append(channel.socket)
+        with end:
+            self._spare = self._start(self._become_any, end), channel
+
+    def _take_spare(self) -> tuple[Any, Channel]:
+        assert self._spare is not None
+        taken, self._spare = self._spare, None
+        self._sockets.remove(taken[1].socket)
+        return taken
+
+    # --- in the child ---
 
     def _become(self, request: Fork, descriptors: list[int]) -> None:
-        # In the child.  The server's socket objects must forget their descriptors before these are closed: collected
-        # later, they would close whatever then has the same number.
+        self._leave(descriptors)
+        run_entry(request, descriptors[0], descriptors[1:])
+
+    def _become_any(self, end: socket.socket) -> None:
+        name_process("spare")
+        self._leave([end.fileno()])
+        self._warm_up()
+        channel = Channel(end, REQUESTS)
+        try:
+            request, descriptors = channel.receive(None)
+        except ChannelClosed:
+            return  # the fork server is no more
+        channel.close()
+        run_entry(request, descriptors[0], descriptors[1:])
+
+    def _leave(self, keep: list[int]) -> None:
+        # The server's socket objects must forget their descriptors before these are closed: collected later, they would
+        # close whatever then has the same number.
         for end in self._sockets:
             end.detach()
         self._selector.close()
-        run_entry(request, descriptors[0], descriptors[1:])
+        leave_fork_server(keep)
 
 
 def reply(channel: Channel, message: Message, descriptors: Sequence[int] = ()) -> None:
@@ -135,8 +200,12 @@ def reply(channel: Channel, message: Message, descriptors: Sequence[int] = ()) -
         pass  # who asked is gone or does not listen; a child whose channel nobody holds ends by itself
 
 
-def main(path: Path, lock: Path, preload: Sequence[str]) -> NoReturn:
-    """Serve on a socket at `path`; `preload` are the modules that hold the entries."""
+def main(path: Path, lock: Path, preload: Sequence[str], warm_up: Callable[[], None] = lambda: None) -> NoReturn:
+    """Serve on a socket at `path`; `preload` are the modules that hold the entries.
+
+    `warm_up` is called in each process that is forked before anybody asks for it: it does what most entries begin with, and so takes
+    the copies of memory that they would wait for.
+    """
     name_process("fork server")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # before anybody can find it: a terminal's ^C is for the keeper
     faulthandler.enable()  # SIGABRT, which the keeper sends to a fork server that hangs, tells where
@@ -149,5 +218,5 @@ def main(path: Path, lock: Path, preload: Sequence[str]) -> NoReturn:
     gc.collect()
     gc.freeze()
     packages = sorted({module.split(".")[0] for module in preload})
-    ForkServer(listen_at(path, socket.SOCK_SEQPACKET), packages, place.beat).run()
+    ForkServer(listen_at(path, socket.SOCK_SEQPACKET), packages, place.beat, warm_up).run()
     os._exit(0)  # not sys.exit: multiprocess would wait for the children, which are to outlive this process

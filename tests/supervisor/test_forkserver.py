@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from supervisor.channel import Channel, ChannelClosed
 from supervisor.forkprotocol import ANSWERS, REQUESTS, Fork, Forked, ForkFailed
 from supervisor.frames import Codec
 from supervisor.sockets import connect_to
-from tests.supervisor.processes_under_test import TO_CHILD, Say
+from tests.supervisor.processes_under_test import FROM_CHILD, TO_CHILD, Say
 from tests.supervisor.programs_under_test import ENTRIES, argv
 
 
@@ -125,3 +127,82 @@ def test_there_is_one_to_a_lock(client: Channel, tmp_path: Path) -> None:
     second = subprocess.run(argv("fork-server", tmp_path), timeout=10, check=False, capture_output=True)
     assert (second.returncode, second.stderr) == (0, b"")
     assert_serves(client)  # it has not taken the first one's place
+
+
+# --- the spare: forked before anybody asks, and what is asked for next ---
+
+
+def spare_of(server: subprocess.Popen[bytes], other_than: int = 0) -> int:
+    """Wait for the spare → its pid."""
+    deadline = time.monotonic() + 10
+    while True:
+        for pid in map(int, Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if pid != other_than and Path(f"/proc/{pid}/comm").read_text() == "spare\n":
+                    return pid
+        assert time.monotonic() < deadline
+
+
+def test_the_spare_becomes_what_is_asked_for_and_another_is_forked(
+    client: Channel, fork_server: subprocess.Popen[bytes]
+) -> None:
+    for _ in range(3):
+        spare = spare_of(fork_server)
+        answer, pidfd, end = fork(client, "echo")
+        channel = Channel(end, FROM_CHILD)
+        report, _ = channel.receive(10)
+        assert answer.pid == spare == report.pid == report.session
+        assert report.name == "echo"
+        # Nothing of the fork server's: its lock would not be given back while this process lives.
+        assert not [path for path in report.descriptors.values() if "lock" in path or "eventpoll" in path]
+        assert len([path for path in report.descriptors.values() if path.startswith("socket:")]) == 1
+        spare_of(fork_server, other_than=spare)
+        channel.close()
+        assert select.select([pidfd], [], [], 10)[0]
+        os.close(pidfd)
+
+
+def test_a_killed_spare_is_no_loss(client: Channel, fork_server: subprocess.Popen[bytes]) -> None:
+    for fault in (signal.SIGKILL, signal.SIGTERM):
+        spare = spare_of(fork_server)
+        os.kill(spare, fault)
+        spare_of(fork_server, other_than=spare)
+        assert_serves(client)
+
+
+def test_many_at_once_have_one_spare_and_are_all_served(tmp_path: Path, fork_server: subprocess.Popen[bytes]) -> None:
+    clients = [connect(tmp_path) for _ in range(5)]
+    spare_of(fork_server)
+    os.kill(fork_server.pid, signal.SIGSTOP)
+    ends = []
+    for client in clients:
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with there:
+            client.send(Fork("echo", f"{ENTRIES}:echo", TO_CHILD.encode(Say("hello"))), [there.fileno()])
+        ends.append(Channel(here, FROM_CHILD))
+    os.kill(fork_server.pid, signal.SIGCONT)
+    pids = set()
+    for client, end in zip(clients, ends, strict=True):
+        answer, (pidfd,) = client.receive(10)
+        report, _ = end.receive(10)
+        assert report.pid == answer.pid
+        pids.add(answer.pid)
+        end.close()
+        client.close()
+        assert select.select([pidfd], [], [], 10)[0]
+        os.close(pidfd)
+    assert len(pids) == 5
+
+
+def test_the_spare_ends_with_the_fork_server(fork_server: subprocess.Popen[bytes], client: Channel) -> None:
+    spare = spare_of(fork_server)
+    fork_server.send_signal(signal.SIGTERM)
+    assert fork_server.wait(10) == 0
+    assert not Path(f"/proc/{spare}").exists()  # before, and reaped: nothing is left when the daemon has ended
+
+
+def test_the_spare_ends_when_the_fork_server_is_killed(fork_server: subprocess.Popen[bytes], client: Channel) -> None:
+    spare = os.pidfd_open(spare_of(fork_server))
+    fork_server.kill()
+    assert select.select([spare], [], [], 10)[0]
+    os.close(spare)
