@@ -252,8 +252,13 @@ def test_a_daemon_that_stops_waits_for_no_registry(tmp_path: Path, big: Big) -> 
 
 def test_an_image_is_mounted_and_unmounted_again_and_again(tmp_path: Path, big: Big) -> None:
     with cold(tmp_path, big, AERIE_IMAGE_IDLE_UNMOUNT="0s") as daemon:
+        before: list[int] = []
         for number in range(12):
             assert out(daemon, f"md5sum /data/{number}").split()[0] == md5(number)
+            wait_without(daemon, f"image mount {big.reference}")
+            daemon.wait_released()
+            before = before or held(daemon)
+        wait_for(lambda: all(now <= then for now, then in zip(held(daemon), before, strict=True)))
         tasks = [daemon.submit(f"md5sum /data/{number}") for number in range(12, 24)]
         for number, task in enumerate(tasks, 12):
             assert daemon.result(task).exit_code == 0
@@ -261,6 +266,11 @@ def test_an_image_is_mounted_and_unmounted_again_and_again(tmp_path: Path, big: 
         wait_without(daemon, f"image mount {big.reference}")
         daemon.wait_released()
         assert not mounts_below(str(daemon.run_dir / "images"))
+
+
+def held(daemon: Daemon) -> list[int]:
+    """How many descriptors keeper and root supervisor have."""
+    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (daemon.tree()["pid"], daemon.pid_of("root supervisor"))]
 
 
 def test_an_image_is_fetched_from_where_it_was_named_last(tmp_path: Path, big: Big, registry: RunningRegistry) -> None:
