@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from actors.image.wire import Bucket
+from tests.actors.image.images import RunningRegistry, member, tar
 from tests.actors.image.proxy import Proxy, silent
 from tests.actors.image.s3 import CREDENTIALS, RunningS3
+from tests.node.conftest import busybox_layer
 from tests.node.daemon import PATIENCE_S, Daemon, running
 
 
@@ -98,3 +102,26 @@ def test_a_bucket_that_is_away_is_told_in_the_log_and_stops_no_task(tmp_path: Pa
         assert daemon.run("true").exit_code == 0
         until(lambda: "its archive is not shared: bucket nowhere" in daemon.log.read_text())
         until(lambda: builder_of(daemon) is None)
+
+
+def test_what_one_node_has_built_the_next_one_mounts_at_once_and_fetches_as_it_reads(
+    tmp_path: Path, s3: RunningS3, registry: RunningRegistry
+) -> None:
+    bucket = s3.bucket("pulled")
+    repository = registry.repository("fleet")
+    noise = random.Random(5).randbytes(20 << 20)
+    repository.push(busybox_layer(), tar(member("noise", noise)), tag="1", process={"Env": ["PATH=/bin"]})
+    homes = [tmp_path / "1", tmp_path / "2"]
+    for home in homes:
+        home.mkdir()
+    with running(homes[0], repository.reference("1"), **settings(bucket)) as daemon:
+        assert daemon.run("true").exit_code == 0
+    assert kinds(s3, bucket) == ["archives"]
+    with Proxy(registry.address) as proxy, running(homes[1], f"{proxy.address}/fleet:1", **settings(bucket)) as daemon:
+        assert daemon.run("true").exit_code == 0
+        assert proxy.body_bytes("/blobs/") < 5 << 20
+        task = daemon.submit("md5sum /noise")
+        assert daemon.result(task).exit_code == 0
+        assert daemon.logs(task)[0].split()[0].decode() == hashlib.md5(noise).hexdigest()
+        assert 20 << 20 <= proxy.body_bytes("/blobs/") < 30 << 20
+    assert kinds(s3, bucket) == ["archives"]
