@@ -15,7 +15,7 @@ PYTHON := .venv/bin/python
 # Of the daemon, of building its Python packages, of tests and demonstration.
 PACKAGES := conmon crun runc fuse3 \
             gcc libfuse3-dev pkg-config python3-dev python3-venv \
-            busybox-static debootstrap docker-registry erofs-utils git iproute2 make skopeo sqlite3 umoci util-linux
+            busybox-static debootstrap docker-registry erofs-utils git iproute2 make openssl skopeo sqlite3 umoci util-linux
 # gVisor's runtime is not in every release.
 OPTIONAL := runsc
 

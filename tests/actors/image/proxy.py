@@ -15,6 +15,7 @@ import http.client
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 import types
@@ -22,6 +23,7 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 PIECE_BYTES = 16 << 10
@@ -111,9 +113,12 @@ Action = Callable[[Exchange], None]
 
 
 class Proxy:
-    """It listens on a loopback port as long as its context lasts.  `exchanges` are all that came, in the order of their coming."""
+    """It listens on a loopback port as long as its context lasts.  `exchanges` are all that came, in the order of their coming.
 
-    def __init__(self, upstream: str) -> None:
+    `tls`: it speaks TLS, with the certificate and key in this file.
+    """
+
+    def __init__(self, upstream: str, tls: Path | None = None) -> None:
         self.upstream = upstream
         self.lock = threading.Lock()
         self.exchanges: list[Exchange] = []
@@ -156,6 +161,11 @@ class Proxy:
             request_queue_size = 128
 
         self._server = Server(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls)
+            # The handshake is each connection's own thread's business.
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self.address = f"127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 

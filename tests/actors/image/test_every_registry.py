@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import urllib3
 
 from actors.image import credentials, patience
 from actors.image.archive import Archive
@@ -176,13 +177,9 @@ def test_basic_credentials_of_a_real_registry_are_renewed_in_mid_run(
     running = RunningRegistry(tmp_path / "home", f"auth: {{htpasswd: {{realm: r, path: {users}}}}}")
     try:
         docker_config(auths={running.address: {"username": "me", "password": "old"}})
-        upload = f"http://{running.address}/v2/a/blobs/uploads/"
-        curl = ["curl", "-sfu", "me:old", "--max-time", "10"]
-        place = subprocess.run([*curl, "-XPOST", "-D-", "-o/dev/null", upload], check=True, capture_output=True, text=True)
-        (tmp_path / "blob").write_bytes(BLOB)
-        location = re.search(r"(?i)^location: (\S+)", place.stdout, re.MULTILINE)
-        assert location
-        subprocess.run([*curl, "-T", tmp_path / "blob", f"{location[1]}&digest={NAME}"], check=True, timeout=10)
+        known = {"Authorization": Login("me", "old").basic}
+        place = urllib3.request("POST", f"http://{running.address}/v2/a/blobs/uploads/", headers=known).headers["Location"]
+        assert urllib3.request("PUT", f"{place}&digest={NAME}", body=BLOB, headers=known).status == 201
         with Registry(Reference.parse(f"{running.address}/a")) as registry:
             assert registry.read_range(NAME, 0, 10) == BLOB[:10]
             accept("new")
@@ -658,6 +655,75 @@ def test_when_neither_mirror_nor_registry_helps_both_are_named(proxy: Proxy, mir
     with through(proxy, image, mirrors=[mirror.address]) as registry:
         with pytest.raises(RegistryBroken, match=f"{proxy.address} answers 500.*nor does its mirror help.*{mirror.address}"):
             registry.resolve(AMD64)
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificate and key of 127.0.0.1, signed by itself."""
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        *names,
+        "-keyout",
+        path,
+        "-out",
+        f"{path}.crt",
+    ]
+    subprocess.run(make, check=True, capture_output=True, timeout=30)
+    path.write_bytes(path.read_bytes() + Path(f"{path}.crt").read_bytes())
+    return path
+
+
+@pytest.fixture
+def secure(registry: RunningRegistry, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A mirror that is reached by HTTPS, and whose certificate is trusted."""
+    monkeypatch.setenv("SSL_CERT_FILE", f"{certificate}.crt")
+    with Proxy(registry.address, tls=certificate) as running:
+        yield running
+
+
+def test_over_tls_all_is_as_without(proxy: Proxy, secure: Proxy, image: Repository) -> None:
+    with through(proxy, image, mirrors=[f"https://{secure.address}"]) as registry:
+        assert registry.manifest(registry.resolve(AMD64))
+        assert read_in_ranges(registry, 4) == read_all(registry) == BLOB
+        secure.on("/blobs/", cut(300_000), times=1)
+        assert read_all(registry) == BLOB
+    assert len(proxy.seen()) == 1  # for what the mirror had broken off
+
+
+def test_a_certificate_that_nobody_trusts_is_an_error_that_says_so(
+    proxy: Proxy, secure: Proxy, image: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE")
+    proxy.on("", status(500))
+    with through(proxy, image, mirrors=[f"https://{secure.address}"]) as registry:
+        with pytest.raises(RegistryBroken, match="nor does its mirror help.*(?i:certificate verify failed)"):
+            registry.resolve(AMD64)
+
+
+def test_tls_is_not_left_for_a_redirect_or_a_token(proxy: Proxy, secure: Proxy, storage: Proxy, image: Repository) -> None:
+    proxy.on("", status(500))
+    for location, header in (
+        ("Location", f"http://{storage.address}/x"),
+        ("WWW-Authenticate", f'Bearer realm="http://{storage.address}/t"'),
+    ):
+        secure.behave()
+        secure.on("", status(307 if location == "Location" else 401, **{location: header}))
+        with through(proxy, image, Login("me", "secret"), mirrors=[f"https://{secure.address}"]) as registry:
+            with pytest.raises(RegistryBroken, match="not https|without TLS"):
+                registry.resolve(AMD64)
+    assert not storage.seen()
 
 
 # Several at once, as a lazy server does
