@@ -11,10 +11,13 @@ import fcntl
 import os
 import select
 import signal
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from supervisor.pidfd import open_pidfd, signal_process
+
+LOOK_S = 0.001  # as long as somebody looks who holds a lock, it cannot be taken
 
 
 class Sign(NamedTuple):
@@ -33,11 +36,20 @@ class LockFile:
 
     def acquire(self, wait: bool = False) -> bool:
         """Take the lock; with `wait`, as soon as its holder has ended.  False when somebody holds it."""
+        while not self._flock(fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
+            # Held by somebody, or only looked at for this instant (`holder`)?  Who looks keeps nobody else from looking.
+            if not self._flock(fcntl.LOCK_SH | fcntl.LOCK_NB):
+                return False
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            time.sleep(LOOK_S)
+        self._write(b"")
+        return True
+
+    def _flock(self, operation: int) -> bool:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(self._descriptor, operation)
         except BlockingIOError:
             return False
-        self._write(b"")
         return True
 
     def beat(self) -> None:

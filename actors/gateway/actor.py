@@ -45,7 +45,7 @@ from actors.gateway.messages import (
     UnmountImage,
     Wait,
 )
-from actors.gateway.request import faults
+from actors.gateway.request import TIMEOUT_MAX_S, faults
 from actors.gateway.retention import Retention
 from actors.gateway.tree import draw_tree
 from actors.image import messages as images
@@ -280,6 +280,9 @@ class GatewayActor(Actor):
     def _wait(self, client: int, request: Wait, task: str, timeout_s: float | None) -> None:
         known = self._known(client, request, task)
         if known is None:
+            return
+        if timeout_s is not None and not 0 <= timeout_s <= TIMEOUT_MAX_S:
+            self._fail(client, request, "invalid", f"timeout {timeout_s:g}: it must be from 0 to ten years")
             return
         if not known.result.ended and timeout_s == 0:
             self._bridge.send(client, StillRunning(request.request, known.result))

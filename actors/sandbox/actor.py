@@ -189,6 +189,8 @@ class SandboxActor(Actor):
             cgroup=self._attempt.cgroup.path,
             uid=self._services.settings.sandbox.uid,
             gid=self._services.settings.sandbox.gid,
+            files_max=self._host.files_max,
+            oom_score_adj=self._host.oom_score_adj,
         )
         self.work("created", making.create, self._attempt, self._rootfs, task, self._host.filter, dict(os.environ))
 
@@ -398,8 +400,8 @@ class SandboxActor(Actor):
     def _ask_to_end(self, cause: ending.Cause, force: bool) -> Any:
         if self._record.stop_cause is None and Fact.ENDED not in self._life.facts:
             self._record.stop_cause = cause
-            if Fact.STARTED in self._life.facts:
-                self._write("stop cause", "UPDATE tasks SET stop_cause = ? WHERE task = ?", cause)
+            # Whatever it is doing: who asked may be gone when a daemon that was killed here is there again.
+            self._write("stop cause", "UPDATE tasks SET stop_cause = ? WHERE task = ?", cause)
         self._know(Fact.STOP_ASKED)
         if force:
             self._know(Fact.KILL_ASKED)

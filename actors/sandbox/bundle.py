@@ -33,6 +33,8 @@ DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
 CPU_PERIOD_US: Final = 100_000
 CPU_QUOTA_US_MIN: Final = 1_000  # the kernel's least quota
 TEXT_BYTES_MAX: Final = 128 << 10  # MAX_ARG_STRLEN: the longest argument or variable that execve(2) takes
+FILES_SOFT: Final = 1024  # what select(2) can take, and what programs are made for that do not ask for more
+FILES_MAX: Final = 1 << 20
 
 CONFIG: Final = "config.json"
 HOSTS: Final = "hosts"
@@ -70,7 +72,11 @@ class Filter:
 
 @dataclass(frozen=True)
 class Task:
-    """What a bundle is made of.  Paths are the host's; `cgroup` is a path below the root of every hierarchy."""
+    """What a bundle is made of.  Paths are the host's; `cgroup` is a path below the root of every hierarchy.
+
+    `files_max`: the descriptors that a process of it may have at once, if it raises its soft limit; no more than this process
+    may have (setrlimit(2)).  `oom_score_adj`: this process's own (proc_pid_oom_score_adj(5)), which may be kept, and raised.
+    """
 
     hostname: str
     image: ImageConfig
@@ -83,6 +89,8 @@ class Task:
     cgroup: str
     uid: int = UID
     gid: int = GID
+    files_max: int = FILES_MAX
+    oom_score_adj: int = 0
 
 
 def arguments(image: ImageConfig, command: Sequence[str]) -> list[str]:
@@ -133,7 +141,13 @@ def configuration(task: Task, filtered: Filter) -> dict[str, Any]:
             "env": environment(task.image, task.env),
             "cwd": WORKSPACE,
             "capabilities": {kind: [] for kind in ("bounding", "effective", "inheritable", "permitted", "ambient")},
-            "rlimits": [{"type": "RLIMIT_CORE", "hard": 0, "soft": 0}],
+            "rlimits": [
+                {"type": "RLIMIT_CORE", "hard": 0, "soft": 0},
+                # The daemon's own soft limit is its hard one, with which a program that closes all it might have takes for ever.
+                {"type": "RLIMIT_NOFILE", "hard": task.files_max, "soft": min(task.files_max, FILES_SOFT)},
+            ],
+            # Never the daemon's own, if that is protected: the OOM killer would take everything else before the task.
+            "oomScoreAdj": max(0, task.oom_score_adj),
             "noNewPrivileges": True,
         },
         "root": {"path": str(task.root), "readonly": False},

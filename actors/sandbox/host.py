@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import threading
 from pathlib import Path
 
@@ -24,6 +25,9 @@ class SandboxHost:
         self._hierarchies = cgroup.mounted()
         section = seccomp.load(FILTER)
         self._filter = bundle.Filter(section, seccomp.compile_filter(section))
+        # What is inherited can always be lowered, the one, and raised, the other; for more this process need not have the right.
+        self.files_max = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], bundle.FILES_MAX)
+        self.oom_score_adj = int(Path("/proc/self/oom_score_adj").read_text())
         # Daemons that live side by side have groups of their own.
         self._parent = f"/aerie-{hashlib.sha256(str(layout.state).encode()).hexdigest()[:8]}"
 

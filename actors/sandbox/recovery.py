@@ -114,6 +114,8 @@ def _mark_start(services: Services, task: str, record: Record, intended_at: floa
 
 def _anew(services: Services, task: str, found: Found, attempt: Attempt) -> Found:
     """Nothing of the task's own has run: remove what an earlier daemon had begun to make."""
+    if found.record.stop_cause is not None:
+        found.seen.append(Fact.STOP_ASKED)
     if attempt.layout.durable.exists() or attempt.layout.volatile.exists():
         making.undo(attempt)
         services.descriptors.drop(*(held(kind, task) for kind in making.HELD))

@@ -249,6 +249,11 @@ FAILPOINTS: dict[str, tuple[str, ...]] = {
         "after commit UPDATE tasks.stop_cause cancelled TASK",
         "signal SIGTERM by pid",
     ),
+    "stopped by one who left": (
+        "after commit UPDATE tasks.stop_cause cancelled TASK",
+        "commit UPDATE tasks.result TASK",
+    ),
+    "stopped before it ran": ("after commit UPDATE tasks.stop_cause cancelled TASK",),
     "stopped by force": ("signal SIGKILL", "commit UPDATE tasks.result TASK"),
     "stopped in the queue": ("commit UPDATE tasks.result TASK", "after commit UPDATE tasks.result TASK"),
     "not synced": (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.gateway.messages import TaskResult
+from actors.gateway.messages import Stop, TaskResult
 from tests.actors.image.images import RunningRegistry, member, tar
 from tests.faults.failpoints import FAILPOINTS, IN_A_ROW, KEEPER_TOO, WITH_KEEPER_IN_A_ROW, ArmedDaemon, known, operations
 from tests.node.test_tasks import stop, wait_for_output
@@ -91,6 +91,28 @@ def stopped(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
         result = stop(daemon, task)
     assert (result.state, result.reason, result.exit_code) == ("stopped", "cancelled", 9)
     assert daemon.logs(task)[0] == b"ready\nbye\n"
+
+
+def stopped_by_one_who_left(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
+    """Nobody asks again: what was asked for is on record."""
+    daemon.submit("trap 'echo bye; exit 9' TERM; echo ready; while :; do sleep 0.05; done", task=task)
+    wait_for_output(daemon, task, b"ready\n")
+    with kill(task):
+        daemon.client.send(Stop(daemon.client.number(), task, False))
+        daemon.close_client()
+    result = daemon.result(task)
+    assert (result.state, result.reason, result.exit_code) == ("stopped", "cancelled", 9)
+
+
+def stopped_before_it_ran(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
+    image = push(daemon, task, member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755))
+    with kill(task):
+        daemon.submit(["/bin/busybox", "echo", "ran"], task=task, image=image)
+        daemon.client.send(Stop(daemon.client.number(), task, False))
+        daemon.close_client()
+    result = daemon.result(task)
+    assert (result.state, result.reason, result.started_at) == ("failed", None, None)
+    assert not (daemon.state / "tasks" / task / "output" / "journal").exists()
 
 
 def stopped_by_force(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
@@ -169,6 +191,8 @@ SCENARIOS: dict[str, Callable[[ArmedDaemon, str, Kill], None]] = {
     "not found": not_found,
     "not executable": not_executable,
     "stopped": stopped,
+    "stopped by one who left": stopped_by_one_who_left,
+    "stopped before it ran": stopped_before_it_ran,
     "stopped by force": stopped_by_force,
     "stopped in the queue": stopped_in_the_queue,
     "not synced": not_synced,

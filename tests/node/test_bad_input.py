@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from actors.gateway.client import Client, RequestFailed
-from actors.gateway.messages import ANSWERS, FRAME_BYTES_MAX, Ended, Failed, ListTasks, Ready, Stop, Submit
+from actors.gateway.messages import ANSWERS, FRAME_BYTES_MAX, Ended, Failed, ListTasks, Ready, Stop, Submit, Wait
 from supervisor.frames import LENGTH, Codec, FrameBuffer
 from tests.actors.image.images import RunningRegistry, digest, member, symlink, tar
 from tests.node.daemon import Daemon, running
@@ -131,6 +131,15 @@ def test_a_wrong_request_is_refused_with_its_faults(daemon: Daemon, changes: dic
 def test_an_id_that_is_no_name_is_refused(daemon: Daemon, task: str) -> None:
     with pytest.raises(RequestFailed, match=r"\w"):
         daemon.client.ask(Submit(daemon.client.number(), task, daemon.spec("true"), wait=False))
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), -1.0, 1e300])
+def test_a_wait_that_is_no_time_is_refused(daemon: Daemon, timeout_s: float) -> None:
+    task = daemon.submit("sleep 0.2")
+    with pytest.raises(RequestFailed, match="from 0 to ten years") as refused:
+        daemon.client.ask(Wait(daemon.client.number(), task, timeout_s))
+    assert refused.value.kind == "invalid"
+    assert daemon.result(task).exit_code == 0
 
 
 def test_a_full_queue_says_so(tmp_path: Path, image: str) -> None:

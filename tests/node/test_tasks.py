@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -80,6 +81,12 @@ def test_no_capability_no_device_no_way_to_the_hosts_settings(daemon: Daemon) ->
 
 def test_the_daemons_descriptors_are_not_the_tasks(daemon: Daemon) -> None:
     assert out(daemon, "ls /proc/self/fd").split() == ["0", "1", "2", "3"]  # the third is ls's own
+
+
+def test_descriptors_and_the_oom_killers_eye_are_as_usual(daemon: Daemon) -> None:
+    """Whatever the daemon has for itself."""
+    hard = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 1 << 20)
+    assert out(daemon, "ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj").split() == [str(min(1024, hard)), str(hard), "0"]
 
 
 def test_stdin_is_at_its_end(daemon: Daemon) -> None:

@@ -90,3 +90,24 @@ def test_the_newest_takes_the_place_of_whoever_holds_it(tmp_path: Path) -> None:
         os.close(writer)
     take_place(tmp_path / "lock").close()
     assert os.waitstatus_to_exitcode(os.waitpid(holders[0], 0)[1]) == -signal.SIGKILL
+
+
+def test_a_lock_that_somebody_only_looks_at_can_be_taken(tmp_path: Path) -> None:
+    path, lookers = tmp_path / "lock", []
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            while True:
+                holder_of(path)
+        lookers.append(pid)
+    try:
+        for _ in range(1000):
+            lock, other = LockFile(path), LockFile(path)
+            assert lock.acquire()
+            assert not other.acquire()
+            other.close()
+            lock.close()
+    finally:
+        for looker in lookers:
+            os.kill(looker, signal.SIGKILL)
+            os.waitpid(looker, 0)

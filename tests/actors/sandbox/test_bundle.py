@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def task(directory: Path = Path("/bundle"), limits: Limits | None = None) -> Tas
     )  # fmt: skip
 
 
-def configuration(limits: Limits | None = None) -> dict[str, Any]:
-    return bundle.configuration(task(limits=limits), Filter(SECTION))
+def configuration(limits: Limits | None = None, **changes: int) -> dict[str, Any]:
+    return bundle.configuration(replace(task(limits=limits), **changes), Filter(SECTION))
 
 
 # --- the command line ---
@@ -124,7 +125,21 @@ def test_who_runs_it_and_with_what() -> None:
     assert "additionalGids" not in process["user"]
     assert process["noNewPrivileges"] is True
     assert process["capabilities"] == {kind: [] for kind in ("bounding", "effective", "inheritable", "permitted", "ambient")}
-    assert process["rlimits"] == [{"type": "RLIMIT_CORE", "hard": 0, "soft": 0}]
+    assert process["rlimits"] == [
+        {"type": "RLIMIT_CORE", "hard": 0, "soft": 0},
+        {"type": "RLIMIT_NOFILE", "hard": 1 << 20, "soft": 1024},
+    ]
+
+
+@pytest.mark.parametrize(("files_max", "soft"), [(1 << 20, 1024), (1024, 1024), (500, 500)])
+def test_descriptors_are_as_many_as_this_host_lets_it_have(files_max: int, soft: int) -> None:
+    limits = {limit["type"]: limit for limit in configuration(files_max=files_max)["process"]["rlimits"]}
+    assert (limits["RLIMIT_NOFILE"]["hard"], limits["RLIMIT_NOFILE"]["soft"]) == (files_max, soft)
+
+
+@pytest.mark.parametrize(("own", "given"), [(0, 0), (200, 200), (-900, 0)])
+def test_a_daemon_that_the_oom_killer_spares_does_not_hand_that_on(own: int, given: int) -> None:
+    assert configuration(oom_score_adj=own)["process"]["oomScoreAdj"] == given
 
 
 def test_isolation() -> None:
