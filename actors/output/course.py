@@ -28,6 +28,7 @@ class Course:
         self.task = task
         self.directory = directory
         self.name = name_of(sink)
+        self.path = sink.path
         self.position = position
         self.watch: int | None = None
         self.finishing = False

@@ -18,7 +18,7 @@ from inotify_simple import INotify, flags
 from actors.output.course import RECORD_S, Course
 from actors.output.follower import GROWTH
 from actors.output.pump import Pump
-from actors.output.sinks import KINDS, SinkPosition, name_of
+from actors.output.sinks import SinkPosition, faults, name_of
 from actors.output.wire import (
     ORDERS,
     Drained,
@@ -90,9 +90,12 @@ class Mover:
     def _follow(self, order: FollowTask) -> None:
         for sink in order.sinks:
             name = (order.task, name_of(sink))
-            if sink.kind not in KINDS:
-                self._say(SinkFailed(*name, f"there is no sink of the kind {sink.kind!r}"))
-            elif name not in self._courses:
+            if name in self._courses:
+                continue
+            taken = [course.path for course in self._courses.values() if course.path]
+            if wrong := faults([sink], taken):
+                self._say(SinkFailed(*name, "; ".join(wrong)))
+            else:
                 saved = order.positions.get(name[1])
                 position = msgspec.msgpack.decode(saved, type=SinkPosition) if saved else SinkPosition()
                 self._courses[name] = Course(order.task, order.directory, sink, position)

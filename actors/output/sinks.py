@@ -1,13 +1,14 @@
 """Where lines go besides the journal.  A sink is described by data; here it becomes something that takes lines.
 
 What a sink has taken is on record as a `SinkPosition`: how far its reader is in the output directory, the partial line of each
-stream, and for a file its length, to which a successor cuts it before it goes on.  So a file has each line exactly once.
+stream, and for a file its length, to which a successor cuts it before it goes on.  So a file has each line exactly once.  It
+follows that a file begins empty, as with a shell's `>`, and is one task's alone for as long as that runs (`faults`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -93,6 +94,22 @@ class FileSink:
 
 
 KINDS: Final = ("console", "file")
+
+
+def faults(sinks: Sequence[Sink], taken: Collection[str] = ()) -> list[str]:
+    """Everything that is wrong with a choice of sinks; `taken`: the files that other tasks write to."""
+    found, seen = [], {os.path.normpath(path) for path in taken}
+    for sink in sinks:
+        if sink.kind not in KINDS:
+            found.append(f"there is no sink of the kind {sink.kind!r}: there are {' and '.join(KINDS)}")
+        elif sink.kind == "file" and (not os.path.isabs(sink.path) or "\0" in sink.path):
+            found.append(f"{sink.path[:300]!r} is no absolute path")
+        elif sink.kind == "file":
+            path = os.path.normpath(sink.path)
+            if path in seen:
+                found.append(f"{path}: output goes there already, and each file is one sink's alone: choose another path")
+            seen.add(path)
+    return found
 
 
 def open_sink(sink: Sink, task: str, position: SinkPosition) -> Taker:

@@ -23,6 +23,7 @@ from actors.image import messages as images
 from actors.mount import messages as mounting
 from actors.output import messages as output
 from actors.output.follower import Follower
+from actors.output.sinks import faults
 from actors.sandbox import attempt as making
 from actors.sandbox import bundle, conmon, ending, messages
 from actors.sandbox.attempt import HELD, Attempt, held
@@ -34,7 +35,7 @@ from actors.sandbox.states import Effect, Fact, Life, Phase, begin, step
 from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, Services
 from actors.settings import Settings
 from supervisor.actor import Actor
-from supervisor.answers import Answer, Refused, Worked, WorkFailed, refusal
+from supervisor.answers import Answer, Deferred, Refused, Worked, WorkFailed, refusal
 from supervisor.pidfd import has_ended, is_stopped, pid_of, signal_process, wait_status
 from supervisor.processes import ProcessRow
 from supervisor.tree import System
@@ -73,6 +74,7 @@ class SandboxActor(Actor):
         self._record = Record(task, time.time())
         self._result: TaskResult | None = None
         self._requests: dict[int, str] = {}
+        self._choosing: list[Deferred] = []
         self._creations = 1
 
     # --- life ---
@@ -113,8 +115,7 @@ class SandboxActor(Actor):
             case messages.SetOutput(_, sinks):
                 if Fact.START_ASKED in self._life.facts:
                     return refusal(f"sandbox {self._task} has been started: its output can only be chosen before")
-                self._sinks = list(sinks)
-                self._write("sinks", "UPDATE tasks SET sinks = ? WHERE task = ?", msgspec.msgpack.encode(self._sinks))
+                return self._choose_sinks(sinks)
             case messages.GetSandbox():
                 pass
             case messages.ReadFailed(_, reason):
@@ -313,7 +314,9 @@ class SandboxActor(Actor):
                 self._know(Fact.DELETED)
             case "workspace released":
                 self._know(Fact.WORKSPACE_RELEASED)
-            case "started" | "stop cause" | "killed" | "released" | "sinks":
+            case "sinks":
+                self._choosing.pop(0).set(self._state())
+            case "started" | "stop cause" | "killed" | "released":
                 pass
 
     def _work_failed(self, key: Any, error: Exception) -> None:
@@ -331,6 +334,8 @@ class SandboxActor(Actor):
                 # Disk full, most likely: the result exists nowhere else, so it is tried until it is durable.
                 logger.error("the result of task {} could not be recorded, trying again: {}", self._task, error)
                 self.after(RETRY_S, ("again", Effect.RECORD_RESULT))
+            case "sinks":
+                self._choosing.pop(0).set_exception(error)
             case "deleted":
                 logger.error("task {} could not be undone, trying again: {}", self._task, error)
                 self.after(RETRY_S, ("again", Effect.DELETE))
@@ -521,6 +526,18 @@ class SandboxActor(Actor):
         )
 
     # --- small things ---
+
+    def _choose_sinks(self, sinks: list[messages.Sink]) -> Deferred:
+        rows = self._services.store.read(
+            "SELECT sinks FROM tasks WHERE released = 0 AND sinks IS NOT NULL AND task <> ?", self._task
+        )
+        others = [sink for (chosen,) in rows for sink in msgspec.msgpack.decode(chosen, type=list[messages.Sink])]
+        if wrong := faults(sinks, [sink.path for sink in others if sink.path]):
+            return refusal("\n".join(wrong))
+        self._sinks = list(sinks)
+        self._choosing.append(self.deferred())
+        self._write("sinks", "UPDATE tasks SET sinks = ? WHERE task = ?", msgspec.msgpack.encode(self._sinks))
+        return self._choosing[-1]
 
     def _sinks_wanted(self) -> list[messages.Sink]:
         return self._sinks or default_sinks(self._services.settings, self._task)

@@ -61,14 +61,16 @@ class ListSandboxes(Message, frozen=True):
 
 
 class Sink(Message, frozen=True):
-    """Where lines go besides the journal: `console`, or `file` with a path."""
+    """Where lines go besides the journal: `console`, or `file` with an absolute path, which begins empty and is this task's alone."""
 
     kind: str
     path: str = ""
 
 
 class SetOutput(Message, frozen=True):
-    """Choose the sinks of a sandbox that has not been started → SandboxState; Refused afterwards."""
+    """Choose the sinks of a sandbox that has not been started → SandboxState, when it is on record; Refused afterwards, for an unknown
+    kind, and for a file that is another sink's, of this task or another.
+    """
 
     task: str
     sinks: list[Sink]

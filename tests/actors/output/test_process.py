@@ -281,3 +281,18 @@ def test_moving_is_fast(mover: RunningMover, tmp_path: Path) -> None:
     assert mover.hear(wire.Drained)
     assert (tmp_path / "task.log").stat().st_size == 81 * lines
     assert time.monotonic() - began_s < 5  # 0.2 s on the machine it was written on
+
+
+def test_two_tasks_do_not_write_to_one_file(mover: RunningMover, tmp_path: Path) -> None:
+    """The second is told; were its lines written as well, each would overwrite the other's."""
+    log = tmp_path / "shared.log"
+    for task in ("first", "second"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "journal").write_bytes(record("stdout", "F", task.encode(), 1))
+        mover.follow(task, tmp_path / task, [file_sink(log)])
+    refused = mover.hear(wire.SinkFailed)
+    assert refused.task == "second" and "output goes there already" in refused.error
+    for task in ("first", "second"):
+        mover.finish(task)
+    assert {mover.hear(wire.Drained).task for _ in range(2)} == {"first", "second"}
+    assert log.read_bytes() == b"first\n"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from loguru import logger
 
-from actors.output.sinks import ConsoleSink, FileSink
+from actors.output.sinks import ConsoleSink, FileSink, faults
+from actors.sandbox.messages import Sink
 from tests.actors.output.conftest import SmallDisk
 
 
@@ -80,3 +81,28 @@ def test_the_console_shows_a_line_as_a_line(logged: list[str]) -> None:
         "a-task stderr: ",
         "a-task stderr: <red>{0}",
     ]
+
+
+def test_a_file_begins_empty(tmp_path: Path) -> None:
+    (tmp_path / "task.log").write_bytes(b"of somebody, or of a mover that was killed before anything was on record\n")
+    sink = FileSink(str(tmp_path / "task.log"), 0)
+    sink.take([("stdout", b"one\n")])
+    assert sink.make_durable() == 4
+    sink.close()
+    assert (tmp_path / "task.log").read_bytes() == b"one\n"
+
+
+@pytest.mark.parametrize(
+    ("sinks", "taken", "told"),
+    [
+        ([Sink("console"), Sink("file", "/logs/a"), Sink("file", "/logs/b")], ["/logs/c"], []),
+        ([Sink("file", "/logs/a"), Sink("file", "/logs//./a")], [], ["/logs/a: output goes there already"]),
+        ([Sink("file", "/logs/a")], ["/logs/../logs/a"], ["/logs/a: output goes there already"]),
+        ([Sink("file", "logs/a")], [], ["'logs/a' is no absolute path"]),
+        ([Sink("file"), Sink("file", "/a\0b")], [], ["'' is no absolute path", "is no absolute path"]),
+        ([Sink("pigeon")], [], ["no sink of the kind 'pigeon'"]),
+    ],
+)
+def test_what_is_wrong_with_a_choice_of_sinks(sinks: list[Sink], taken: list[str], told: list[str]) -> None:
+    found = faults(sinks, taken)
+    assert len(found) == len(told) and all(expected in text for expected, text in zip(told, found, strict=True))
