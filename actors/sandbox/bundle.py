@@ -74,8 +74,8 @@ class Filter:
 class Task:
     """What a bundle is made of.  Paths are the host's; `cgroup` is a path below the root of every hierarchy.
 
-    `files_max`: the descriptors that a process of it may have at once, if it raises its soft limit; no more than this process
-    may have (setrlimit(2)).  `oom_score_adj`: this process's own (proc_pid_oom_score_adj(5)), which may be kept, and raised.
+    `files_max`: the descriptors that a process of it may have at once, if it raises its soft limit; no more than this process may
+    have (setrlimit(2)), and None for as many as that.  `oom_score_adj`: this process's own (proc_pid_oom_score_adj(5)).
     """
 
     hostname: str
@@ -89,7 +89,7 @@ class Task:
     cgroup: str
     uid: int = UID
     gid: int = GID
-    files_max: int = FILES_MAX
+    files_max: int | None = None
     oom_score_adj: int = 0
 
 
@@ -141,11 +141,7 @@ def configuration(task: Task, filtered: Filter) -> dict[str, Any]:
             "env": environment(task.image, task.env),
             "cwd": WORKSPACE,
             "capabilities": {kind: [] for kind in ("bounding", "effective", "inheritable", "permitted", "ambient")},
-            "rlimits": [
-                {"type": "RLIMIT_CORE", "hard": 0, "soft": 0},
-                # The daemon's own soft limit is its hard one, with which a program that closes all it might have takes for ever.
-                {"type": "RLIMIT_NOFILE", "hard": task.files_max, "soft": min(task.files_max, FILES_SOFT)},
-            ],
+            "rlimits": _rlimits(task.files_max),
             # Never the daemon's own, if that is protected: the OOM killer would take everything else before the task.
             "oomScoreAdj": max(0, task.oom_score_adj),
             "noNewPrivileges": True,
@@ -189,6 +185,14 @@ def command_in(bundle: Path) -> str:
     """What the container of a written bundle executes."""
     command: str = json.loads((bundle / CONFIG).read_text())["process"]["args"][0]
     return command
+
+
+def _rlimits(files_max: int | None) -> list[dict[str, Any]]:
+    limits = [{"type": "RLIMIT_CORE", "hard": 0, "soft": 0}]
+    if files_max is not None:
+        # The daemon's own soft limit is its hard one, with which a program that closes all it might have takes for ever.
+        limits.append({"type": "RLIMIT_NOFILE", "hard": files_max, "soft": min(files_max, FILES_SOFT)})
+    return limits
 
 
 def _mounts(task: Task) -> list[dict[str, Any]]:
