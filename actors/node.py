@@ -158,8 +158,12 @@ def root(system: System, services: Services, ended: Callable[[], None]) -> Root:
     children = (
         ChildSpec(OUTPUT, lambda: OutputActor(system, OUTPUT, services), progress_s=PROGRESS_S),
         ChildSpec(IMAGES, lambda: ImageActor(system, IMAGES, services), progress_s=PROGRESS_S),
-        ChildSpec(MOUNTS, lambda: MountSupervisor(system, MOUNTS, services, syncer), type=Type.SUPERVISOR),
-        ChildSpec(SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services), type=Type.SUPERVISOR),
+        ChildSpec(
+            MOUNTS, lambda: MountSupervisor(system, MOUNTS, services, syncer), type=Type.SUPERVISOR, progress_s=PROGRESS_S
+        ),
+        ChildSpec(
+            SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services), type=Type.SUPERVISOR, progress_s=PROGRESS_S
+        ),
         ChildSpec(GATEWAY, lambda: GatewayActor(system, GATEWAY, services, gateway_listener(services)), progress_s=PROGRESS_S),
     )
     tree = system.root = Root(system, children, ended)

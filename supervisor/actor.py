@@ -61,10 +61,10 @@ class Actor(pykka.ThreadingActor):
         self.begun = threading.Event()  # it is ready, or has ended before it was
         self.gone = threading.Event()  # it has ended
         self.failed_to_begin: str | None = None
-        self.in_hand = 0  # the number of the message that it handles; 0 while it waits for one
         # With two underscores: no subclass can have the same name by accident.
         self.__supervisor: Mailbox | None = None
-        self.__handled = 0
+        self.__handled = 0  # messages
+        self.__busy = False
         self.__full = False
         self.__told_to_stop = False
         self.__left_behind = False
@@ -157,6 +157,11 @@ class Actor(pykka.ThreadingActor):
         # Not through Pykka's registry: one list for the process, whose one use is to stop all actors at once.
         self._start_actor_loop()
 
+    @property
+    def due(self) -> int:
+        """The number of the message that it handles, or has to handle next; 0 when there is none.  For any thread."""
+        return self.__handled + 1 if self.__busy or not self.actor_inbox.empty() else 0
+
     def leave_behind(self) -> None:
         """Have done with an actor that does not end.  It has its name no more, answers and asks nobody, and ends as soon as it can."""
         self.__left_behind = True
@@ -193,8 +198,7 @@ class Actor(pykka.ThreadingActor):
     def on_receive(self, message: Any) -> None:
         if self.gone.is_set():
             return  # what was in the inbox; a request waits for the next incarnation
-        self.__handled += 1
-        self.in_hand = self.__handled
+        self.__busy = True
         try:
             if self.__told_to_stop:
                 self.__end(STOPPED)
@@ -209,7 +213,8 @@ class Actor(pykka.ThreadingActor):
                 self.__answer(message, False, error)
             self.__crash(error)
         finally:
-            self.in_hand = 0
+            self.__handled += 1
+            self.__busy = False
 
     def __speak(self) -> None:
         if self.__left_behind:

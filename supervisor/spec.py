@@ -58,7 +58,7 @@ class ChildSpec:
     `start_timeout_s`: how long it may take to begin, at each of its starts.  None: its supervisor's flags say it for a worker; for
     ever for a supervisor, whose children have their own.
     `significant`: its end, by itself and for good, may end its supervisor (`Flags.auto_shutdown`).
-    `progress_s`: a message in hand for longer than this means that the child hangs: it is replaced.  None: it may take its time.
+    `progress_s`: a child that has the same message before it for longer than this hangs, and is replaced.  None: it may take its time.
     `budgets`: for each cause, how often it is started again; one that needs more is given up and left alone (`restart_child` starts
     it), while its siblings and its supervisor go on.
     """

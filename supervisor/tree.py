@@ -55,7 +55,7 @@ from supervisor.system import System
 __all__ = ["StartFailed", "Supervisor", "System"]
 
 STDERR: Final = 2
-LOOKS: Final = 2  # at a child in the time that a message may take; one more with the same message in hand, and it hangs
+LOOKS: Final = 2  # at a child in the time that a message may take; one more with the same message before it, and it hangs
 
 
 class StartFailed(Exception):
@@ -68,11 +68,11 @@ class _Heard(Vital):
 
 @dataclass(frozen=True)
 class _Look(Vital):
-    """Look whether a child still has the same message in hand; so it had `times` times."""
+    """Look whether a child still has the same message before it; so it had `times` times."""
 
     id: str
     generation: int
-    in_hand: int
+    due: int
     times: int
 
 
@@ -212,10 +212,10 @@ class Supervisor(Actor):
             return
         if child.state not in (State.STARTING, State.RUNNING):
             return  # it has a time to end in
-        in_hand = actor.in_hand
-        times = look.times + 1 if in_hand and in_hand == look.in_hand else 0
+        due = actor.due
+        times = look.times + 1 if due and due == look.due else 0
         if times < LOOKS:
-            self.after(child.spec.progress_s / LOOKS, _Look(look.id, look.generation, in_hand, times))
+            self.after(child.spec.progress_s / LOOKS, _Look(look.id, look.generation, due, times))
             return
         faulthandler.dump_traceback(STDERR)  # of all threads: who holds what it waits for is there too
         self.__happens(Hung(look.id, look.generation, f"makes no progress for {child.spec.progress_s:g} s"))

@@ -390,3 +390,16 @@ def test_a_child_that_had_nothing_to_do_at_first_is_tried_again_when_its_group_i
     world.begin()
     world.exits("a")
     assert world.states() == {"a": State.RUNNING, "b": State.RUNNING}
+
+
+@pytest.mark.parametrize("strategy", [Strategy.ONE_FOR_ALL, Strategy.REST_FOR_ONE])
+def test_a_child_that_is_down_comes_back_with_its_group(strategy: Strategy) -> None:
+    """As in OTP, where a group's restart starts every spec."""
+    world = World(child("a"), child("b"), child("c", Restart.TRANSIENT), flags=flags(strategy))
+    world.call(TerminateChild("b"))
+    world.exits("c", NORMAL)
+    assert world.forgotten == {"b", "c"}
+    world.take()
+    world.exits("a")
+    assert world.take() == ["down a", "start a", "start b", "start c"]
+    assert world.forgotten == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
@@ -611,6 +612,20 @@ def test_a_child_that_makes_no_progress_is_dumped_left_behind_and_replaced(
     assert asked.silent
     assert grove.ask("a", incarnation)[1] is not first
     assert top.children["a"].restarts == 1
+
+
+def test_a_child_whose_thread_has_died_is_found_and_replaced(
+    grove: Grove, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of any handler, where Pykka catches nothing: the actor would be alive for ever, and silent."""
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    grove.plant(ChildSpec("a", lambda: Puppet(grove.system, "a", grove.log), progress_s=0.05))
+    first, thread = grove.ask("a", lambda puppet: (puppet, threading.current_thread()))
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemError))
+    first.mailbox(lambda puppet: None)  # at which it wakes, and dies
+    thread.join(TIMEOUT_S)
+    assert grove.ask("a", incarnation)[1] is not first
+    assert logged[0] == "a makes no progress for 0.05 s; it is left behind"
 
 
 def test_a_child_that_is_busy_with_many_messages_does_not_hang(grove: Grove) -> None:
