@@ -266,11 +266,10 @@ class Supervision:
 
     def _shut_down_after(self, child: Child) -> None:
         """Auto-shutdown: `child` has ended by itself and for good."""
-        mode = self.flags.auto_shutdown
-        if not child.spec.significant or mode is AutoShutdown.NEVER:
+        if not child.spec.significant:
             return
-        left = (other for other in self.children.values() if other.spec.significant and other is not child)
-        if mode is AutoShutdown.ALL_SIGNIFICANT and any(other.state not in AT_REST for other in left):
+        left = any(other.spec.significant and other.state not in AT_REST for other in self.children.values())
+        if left and self.flags.auto_shutdown is AutoShutdown.ALL_SIGNIFICANT:
             return
         self._report(What.AUTO_SHUTDOWN, child, Exit(Cause.SHUTDOWN))
         self._end(Exit(Cause.SHUTDOWN, f"{child.spec.id}, which is significant, has ended"))
@@ -354,23 +353,18 @@ class Supervision:
     # --- several children ---
 
     def _regroup(self, ended: Child, pause_s: float) -> None:
-        """Put a group into the lane, beside what is in it already."""
-        group = set(affected(self.flags.strategy, list(self.children), ended.spec.id))
+        """Put a group into the lane, beside those that wait in it for their turn to start."""
+        group = affected(self.flags.strategy, list(self.children), ended.spec.id)
+        self._to_stop = list(group)  # what was still to stop is among them: only what starts first is left running
+        waiting = {*self._to_start, *group}
+        self._to_start = deque(id for id in self.children if id in waiting)
         for id in group:
             self.children[id].verdict = None  # that it ended for something of its own is of no interest any more
-        group.update(self._to_stop)
-        self._to_stop = [id for id in self.children if id in group]
-        group.update(self._to_start)
-        self._to_start = deque(id for id in self.children if id in group and self._starts_in_group(self.children[id]))
-        for id in self._to_start:
             if self.children[id].state is State.DOWN:
                 self._enter(self.children[id], State.RESTARTING)
         if pause_s > 0:
             self._deadlines.extend(LANE, self._now_s + pause_s)
             self._wake(LANE)
-
-    def _starts_in_group(self, child: Child) -> bool:
-        return child.spec.restart is not Restart.TEMPORARY and child.state is not State.FAILED and not child.terminating
 
     def _end(self, exit: Exit) -> None:
         if self.phase in (Phase.ENDING, Phase.ENDED):

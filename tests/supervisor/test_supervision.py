@@ -783,6 +783,7 @@ def test_otp_77_significant_temporary(mode: AutoShutdown) -> None:
         if mode is ALL:
             world.exits("b", exit)
         assert world.down is not None and world.down.cause is Cause.SHUTDOWN
+        assert world.whats()[-1] is What.AUTO_SHUTDOWN
     world = World(significant("a", TEMPORARY), flags=flags(auto_shutdown=mode))
     world.call(TerminateChild("a"))
     assert world.down is None

@@ -403,3 +403,58 @@ def test_a_child_that_is_down_comes_back_with_its_group(strategy: Strategy) -> N
     world.exits("a")
     assert world.take() == ["down a", "start a", "start b", "start c"]
     assert world.forgotten == set()
+
+
+def test_a_temporary_child_that_waits_for_its_turn_is_not_forgotten_when_its_group_starts_over() -> None:
+    world = World(child("a"), child("b"), flags=flags(Strategy.ONE_FOR_ALL))
+    world.begins["a"] = [LATER, LATER]
+    world.exits("b")
+    asked = world.ask(StartChild(child("c", Restart.TEMPORARY)))
+    world.exits("a", FAILS)  # and so the group starts over, while c waits
+    world.take()
+    world.begun("a")
+    assert world.take() == ["start b", "start c"]
+    assert world.answers[asked].state is State.RUNNING
+
+
+def test_who_adds_a_temporary_child_that_is_stopped_with_its_group_is_refused() -> None:
+    world = World(child("a"), flags=flags(Strategy.ONE_FOR_ALL))
+    world.begins["b"] = [LATER]
+    asked = world.ask(StartChild(child("b", Restart.TEMPORARY)))
+    world.exits("a")
+    assert str(world.answers[asked]) == "b ended with its siblings"
+    assert world.states() == {"a": State.RUNNING}
+
+
+def test_a_child_that_is_down_and_before_the_group_stays_down() -> None:
+    world = World(child("a"), child("b"), flags=flags(Strategy.REST_FOR_ONE))
+    world.call(TerminateChild("a"))
+    world.exits("b")
+    assert world.states() == {"a": State.DOWN, "b": State.RUNNING}
+
+
+def test_a_child_that_was_terminated_and_started_again_is_a_child_like_any_other() -> None:
+    world = World(child("a"), child("b"), flags=flags(Strategy.ONE_FOR_ALL))
+    world.call(TerminateChild("b"))
+    world.call(RestartChild("b"))
+    world.exits("a")
+    assert world.states() == {"a": State.RUNNING, "b": State.RUNNING}
+
+
+def test_while_the_supervisor_ends_nothing_is_started_by_hand() -> None:
+    world = World(child("a"), child("b"))
+    world.call(TerminateChild("b"))
+    world.ends["a"] = LATER
+    world.end()
+    for request in (StartChild(child("c")), EnsureChild(child("c")), RestartChild("b")):
+        assert world.refusal(request) == "the supervisor ends"
+
+
+def test_a_child_that_fails_to_begin_while_the_supervisor_ends_has_ended() -> None:
+    world = World(child("a"), child("b"))
+    world.begins["a"], world.ends["b"] = [LATER], LATER
+    world.exits("a")
+    world.end()
+    world.exits("a", FAILS)
+    world.exits("b", STOPPED)
+    assert world.down == STOPPED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervisor.exits import NORMAL, STOPPED, Cause, Exit
@@ -48,6 +48,7 @@ happenings = st.one_of(
 CALLS = {"terminate": TerminateChild, "restart": RestartChild, "delete": DeleteChild}
 
 
+@settings(max_examples=400)
 @given(st.data(), flags, st.dictionaries(ids, st.lists(st.sampled_from([True, NORMAL, FAILS]), max_size=2)))
 def test_it_does_what_otp_does(data: st.DataObject, flags: Flags, begins: dict[str, list[Any]]) -> None:
     children = data.draw(specs(significant=flags.auto_shutdown is not AutoShutdown.NEVER))
@@ -118,6 +119,7 @@ slow_happenings = st.one_of(
 )
 
 
+@settings(max_examples=400)
 @given(st.data(), slow_flags, st.lists(slow_happenings, max_size=40))
 def test_it_stays_safe_and_comes_to_rest(data: st.DataObject, flags: Flags, happenings: list[Any]) -> None:
     """`World` fails on a second incarnation, a word to a dead one, a second answer."""
