@@ -31,7 +31,7 @@ from actors.image.errors import ArchiveInvalid
 from actors.lazytree import erofs
 from actors.lazytree.table import CorruptTable, ObjectTable, Row, write_table
 
-VERSION = 2  # 1 had no checkpoints
+VERSION = 3  # 1 had no checkpoints, 2 larger chunks
 _MAGIC = b"AERIEIMG"
 _FOOTER = struct.Struct("<8sI4xQQQQQQQ")  # magic, version, length of META; offset and length of table, spans and info
 _VERSION = struct.Struct("<8sI4x")

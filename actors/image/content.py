@@ -19,7 +19,7 @@ from actors.image.tar import Entry
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import Row
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 256 << 10
 _SPARSE = b"aerie sparse object 1\0"
 _EXTENT = struct.Struct("<QQ")
 

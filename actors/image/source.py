@@ -121,7 +121,9 @@ class RegistrySource:
         self._lock = threading.Lock()
         self._registries: list[Registry] = []
         self._idle: list[Registry] = []  # of them: those that nobody uses just now
+        self._has_mirrors = False
         self._mirrors_distrusted = False
+        self._from_mirrors: set[tuple[int, int]] = set()  # spans that perhaps came from one, before they were distrusted
 
     async def run(self) -> None:
         """Fetch what is wanted, for as long as this is not cancelled."""
@@ -158,8 +160,9 @@ class RegistrySource:
         flights = self._fly(content.layer, wanted, found.spans)
         if not flights and max(landed.values()) <= looked:
             # All of it was fetched and is there, and nobody has touched it since it was looked at.
+            from_mirror = any((content.layer, number) in self._from_mirrors for number in found.spans)
             error = await self._corrupt(row, content, found)
-            if not self._distrust_mirrors():
+            if not self._distrust_mirrors() and not from_mirror:
                 raise error
         for flight in flights:
             await self._arrival(flight)
@@ -237,6 +240,7 @@ class RegistrySource:
         """What was fetched is not the object's; the next read will fetch it again."""
         for number in found.spans:
             self._landed.pop((content.layer, number), None)
+            self._from_mirrors.discard((content.layer, number))
         first = found.chunk * CHUNK_BYTES
         size = min(CHUNK_BYTES, stored_bytes(row, content) - first)
         await self._in_thread(self._loads, self._spool.free, self._spool.place(content) + first, size)
@@ -299,6 +303,7 @@ class RegistrySource:
         try:
             with flight.scope:
                 await self._make_room(self._spool_bytes_max)
+                distrusted = self._mirrors_distrusted
                 try:
                     rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
                 except OSError as error:
@@ -310,6 +315,8 @@ class RegistrySource:
                 for span in flight.spans:
                     self._landed.pop(span, None)
                     self._landed[span] = self._landings
+                    if self._has_mirrors and not distrusted:
+                        self._from_mirrors.add(span)
         except SourceError as error:
             flight.error = error.reason
         except OSError as error:
@@ -441,6 +448,7 @@ class RegistrySource:
             if self._idle:
                 return self._idle.pop()
             registry = self._connect()
+            self._has_mirrors = registry.has_mirrors
             if self._mirrors_distrusted:
                 registry.distrust_mirrors()
             self._registries.append(registry)

@@ -25,6 +25,7 @@ from actors.image.inflate import SPAN_BYTES, Checkpoint, inflate, inflate_from
 from actors.lazytree.table import ObjectTable, Row, write_table
 
 MIB = 1 << 20
+WINDOW = 32 << 10
 
 
 def pieces(data: bytes, size: int = 256 << 10, begin: int = 0) -> Iterator[bytes]:
@@ -94,7 +95,7 @@ def test_from_any_checkpoint_come_the_bytes_that_stand_there(data: some.DataObje
     assert read == content[checkpoint.offset :]
 
 
-def test_spans_are_little_longer_than_a_mebibyte() -> None:
+def test_spans_are_little_longer_than_they_must_be() -> None:
     content = text(9 * MIB)
     found, whole = checkpoints_of(gzip.compress(content, 6))
     assert whole == content
@@ -110,7 +111,9 @@ def test_spans_are_little_longer_than_a_mebibyte() -> None:
 def test_a_compressor_that_makes_one_block_of_everything(content: bytes, level: int) -> None:
     found, whole = checkpoints_of(zlib_ng.compress(content, level, 31))
     assert whole == content
-    assert max(following.offset - checkpoint.offset for checkpoint, following in itertools.pairwise(found)) <= 2 * MIB + 259
+    assert (
+        max(following.offset - checkpoint.offset for checkpoint, following in itertools.pairwise(found)) <= 2 * SPAN_BYTES + 259
+    )
 
 
 def test_checkpoints_in_the_middle_of_a_block() -> None:
@@ -141,6 +144,26 @@ def test_damage_is_noticed_in_order_and_is_harmless_from_a_checkpoint() -> None:
         pass
     else:
         assert read != content[found[1].offset :]
+
+
+def test_windows_keep_what_is_referred_to_and_no_more() -> None:
+    """What is kept is little, and without any of it what comes out is wrong."""
+    content = text(3 * MIB)
+    packed = gzip.compress(content, 6)
+    found, _ = checkpoints_of(packed)
+    for checkpoint, following in itertools.pairwise(found[1:]):
+        assert checkpoint.window != content[checkpoint.offset - len(checkpoint.window) : checkpoint.offset]
+        places = [place for place, byte in enumerate(checkpoint.window) if byte]
+        assert len(places) < len(checkpoint.window) * 3 / 4
+        for place in random.Random(checkpoint.offset).sample(places, 20):
+            window = bytearray(checkpoint.window)
+            window[place] ^= 1
+            changed = checkpoint._replace(window=bytes(window))
+            read = b"".join(inflate_from(changed, pieces(packed, begin=checkpoint.bits // 8)))[:WINDOW]
+            mark = 2 * WINDOW - len(checkpoint.window) + place
+            if mark >> 8 != mark & 255:  # the others may be kept for what only looks like a reference
+                assert read != content[checkpoint.offset : checkpoint.offset + WINDOW]
+        assert following.offset > checkpoint.offset
 
 
 def test_a_gzip_that_ends_in_the_middle() -> None:
@@ -205,7 +228,7 @@ def test_every_byte_of_every_layer_is_in_one_span(tmp_path: Path) -> None:
             for offset in {0, 1, 4999, MIB - 1, MIB, MIB + 1, len(tar) - 1} & set(range(len(tar))):
                 begin, end = spans.bounds(number, spans.at(number, offset))
                 assert begin <= offset < end
-        assert [spans.count(number) for number in (1, 2, 4)] == [1, 4, 1]
+        assert [spans.count(number) for number in (1, 2, 4)] == [1, 8, 2]
 
 
 def test_the_objects_of_a_part_of_a_layer(tmp_path: Path) -> None:
