@@ -57,6 +57,7 @@ from supervisor.frames import Message
 from supervisor.tree import System
 
 JANITOR_S = 30.0
+RETRY_S = 1.0
 
 
 class Drain(Message, frozen=True):
@@ -83,6 +84,14 @@ class _Recorded:
 
     task: str
     error: str | None
+
+
+@dataclass(frozen=True)
+class _NotCancelled:
+    """The end of a task that was stopped in the queue could not be recorded, which is tried until it can; no `error`: now again."""
+
+    task: str
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,8 @@ class GatewayActor(Actor):
                     self._ledger.tasks[result.task].result = result
             case TaskEnded(result):
                 self._ended(result)
+            case _NotCancelled():
+                self._not_cancelled(message)
             case images.ImageProgress(leases, text):
                 self._show_progress(leases, text)
             case _WaitOver(client, request, task):
@@ -320,7 +331,19 @@ class GatewayActor(Actor):
                 (msgspec.msgpack.encode(result), now, task),
             )
         )
-        recorded.add_done_callback(lambda future: mailbox(TaskEnded(result)) if future.exception() is None else None)
+
+        def done(future: Future[None]) -> None:
+            error = future.exception()
+            mailbox(TaskEnded(result) if error is None else _NotCancelled(task, str(error)))
+
+        recorded.add_done_callback(done)
+
+    def _not_cancelled(self, failed: _NotCancelled) -> None:
+        if failed.error:
+            logger.error("that task {} was stopped could not be recorded, trying again: {}", failed.task, failed.error)
+            self.after(RETRY_S, _NotCancelled(failed.task))
+        else:
+            self._cancel_queued(self._ledger.tasks[failed.task])
 
     def _await_end(self, client: int, request: int, known: Task) -> None:
         if known.result.ended:

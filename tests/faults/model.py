@@ -7,6 +7,8 @@ started the daemon starts it again.  A hang (SIGSTOP) of any.  A full disk.  A r
 anything, or dies.  Not in the model: a power cut's effect on what was never acknowledged, the death of every holder of a task's
 descriptors at the same instant as its conmon, a kernel that breaks its word.
 
+What strikes at random is `storm`; what strikes between any two durable operations of a root supervisor, one after the other, `failpoints`.
+
 **Invariants**, whatever happens:
 
 1. no operation inside a task sees an error that it would not have seen, and every byte it reads is right;

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from actors.lazytree import mounts
-from tests.node.daemon import Daemon, name_of, running
+from tests.node.daemon import PROGRAM, Daemon, name_of, running
 from tests.node.test_tasks import stop, wait_for_output
 
 WAIT = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done"
@@ -217,3 +219,19 @@ def container_processes(daemon: Daemon, task: str) -> set[int]:
         if group.name == f"{task}.1"
         for pid in (group / "cgroup.procs").read_text().split()
     }
+
+
+def test_a_stop_in_the_queue_that_cannot_be_recorded_is_recorded_when_it_can(tmp_path: Path, image: str) -> None:
+    with running(tmp_path, image, AERIE_GATEWAY_PARALLEL="1") as daemon:
+        first, queued = ready(daemon), daemon.submit("exit 7")
+        refuse = "CREATE TRIGGER refuse BEFORE UPDATE OF result ON tasks BEGIN SELECT RAISE(ABORT, 'not now'); END"
+        in_the_store(daemon, refuse)
+        asked = subprocess.Popen(
+            [sys.executable, PROGRAM, "stop", "--json", queued], env=daemon.environment, stdout=subprocess.PIPE
+        )
+        eventually(lambda: "trying again: not now" in daemon.log.read_text())
+        in_the_store(daemon, "DROP TRIGGER refuse")
+        stdout, _ = asked.communicate(timeout=20)
+        assert json.loads(stdout)["error"] == "stopped before it was started" and asked.returncode == 0
+        assert stop(daemon, first).exit_code == 9
+        daemon.wait_released()
