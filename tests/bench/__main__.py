@@ -39,9 +39,9 @@ def main() -> int:
         for name in arguments.parts or PARTS:
             print(name, file=sys.stderr, flush=True)
             rows += list(PARTS[name](site))
-    # Figures without a floor are of a machine that has nothing else to do; this says whether it had.
-    print(f"the load average is {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)
-    print(as_json(rows) if arguments.json else table(rows))
+        # Figures without a floor are of a machine that has nothing else to do; this says whether it had.
+        print(f"the load average is {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)
+        print(as_json(rows) if arguments.json else table(rows), flush=True)  # before all is removed, which may take a while
     return 0
 
 
