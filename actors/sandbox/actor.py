@@ -205,7 +205,14 @@ class SandboxActor(Actor):
         self._record.started_at, self._record.started_boot_s = time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
         marks = (self._record.started_at, self._record.started_boot_s)
         self._write("started", "UPDATE tasks SET started_at = ?, started_boot_s = ? WHERE task = ?", *marks)
-        self.work("start", conmon.start, self._attempt.container, making.CREATE_TIMEOUT_S)
+        self.work("start", conmon.start, self._attempt.container, making.CREATE_TIMEOUT_S, self._hold_gate)
+
+    def _hold_gate(self, descriptor: int) -> None:
+        self._services.descriptors.keep({held("gate", self._task): os.dup(descriptor)})
+
+    def _drop_gate(self) -> None:
+        if self._services.descriptors.get(held("gate", self._task)) is not None:
+            self._services.descriptors.drop(held("gate", self._task))
 
     def _watch_clock(self) -> None:
         self._check_clock()
@@ -302,6 +309,7 @@ class SandboxActor(Actor):
             case "intended":
                 self._know(Fact.INTENDED)
             case "start":
+                self._drop_gate()
                 self._know(Fact.STARTED)
             case "terminated" if value:
                 self._know(Fact.KILL_ASKED)  # nobody is there who would hear SIGTERM
@@ -311,6 +319,7 @@ class SandboxActor(Actor):
                 self._know(Fact.RECORDED)
             case "deleted":
                 self._services.descriptors.drop(*(held(kind, self._task) for kind in HELD))
+                self._drop_gate()  # of a daemon that was killed at the start
                 self._know(Fact.DELETED)
             case "workspace released":
                 self._know(Fact.WORKSPACE_RELEASED)

@@ -150,13 +150,14 @@ def exit_code(container: Container) -> int | None:
         return None
 
 
-def start(container: Container, timeout_s: float) -> None:
+def start(container: Container, timeout_s: float, hold: gate.Hold) -> None:
     """Let a created container execute its command; one that was started already is left as it is.
 
+    `hold`: as for `gate.open_gate`; what was held may be given up afterwards.
     Raises CreateError.  Only runsc finds out here that the command is not there or cannot be executed.  crun and runc have told
     of a missing one in `create`, and of one that execve(2) refuses they tell in the task's place (`runtimes.exec_error`).
     """
-    if gate.open_gate(container.runtime.name, container.runtime_state / gate.NAME, container.pid_file, timeout_s):
+    if gate.open_gate(container.runtime.name, container.runtime_state / gate.NAME, container.pid_file, timeout_s, hold):
         return
     done = _run(container, ["start", container.id], timeout_s)
     for _ in range(KILLED_MAX):

@@ -16,33 +16,42 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from actors.sandbox.runtimes import CreateError
+from supervisor.pidfd import has_ended, is_stopped, open_pidfd, signal_process
 
 NAME: Final = "exec.fifo"  # in the runtime's directory for the container
+Hold = Callable[[int], None]
+
+STOP_LOOK_S: Final = 0.0005
 LOOK_S: Final = 0.05  # between two looks whether anybody waits behind runc's gate
 
 
-def open_gate(runtime: str, path: Path, pid_file: Path, timeout_s: float) -> bool:
+def open_gate(runtime: str, path: Path, pid_file: Path, timeout_s: float, hold: Hold) -> bool:
     """Let the first process of a container go, whose pid `pid_file` holds; one that does not wait any more is left as it is.
 
-    False: this runtime has no such gate, or not this version of it.  Raises CreateError.
+    `hold`: has another process hold a copy of a descriptor as well, before it returns.  False: this runtime has no such gate, or not
+    this version of it.  Raises CreateError.
     """
-    opens = {"crun": _write, "runc": _read}.get(runtime)
-    if opens is None or not path.exists():
+    if runtime not in ("crun", "runc") or not path.exists():
         return False
     try:
-        opens(path, pid_file, time.monotonic() + timeout_s)
+        if runtime == "crun":
+            _write(path)
+        else:
+            _read(path, pid_file, time.monotonic() + timeout_s, hold)
     except OSError as error:
         raise CreateError("other", f"the container's gate cannot be opened: {error}") from None
     path.unlink(missing_ok=True)
     return True
 
 
-def _write(path: Path, pid_file: Path, deadline: float) -> None:
+def _write(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
@@ -57,21 +66,46 @@ def _write(path: Path, pid_file: Path, deadline: float) -> None:
         os.close(descriptor)
 
 
-def _read(path: Path, pid_file: Path, deadline: float) -> None:
-    # Opening it is what lets the first process go on, to its write(2), and that fails when there is no reader then.  So between these
-    # two lines, some microseconds, a kill of this process would cost the task its life: `start` of runc takes milliseconds for it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+def _read(path: Path, pid_file: Path, deadline: float, hold: Hold) -> None:
     try:
-        waiting = select.poll()
-        waiting.register(descriptor, select.POLLIN)
-        while not waiting.poll(LOOK_S * 1000):
-            if not _waits(pid_file):
-                return
-            if time.monotonic() > deadline:
-                raise TimeoutError(errno.ETIMEDOUT, "its first process does not write to it")
-        os.read(descriptor, 1)
+        first = open_pidfd(int(pid_file.read_text()))
+    except ProcessLookupError:
+        return  # it has ended
+    # To open the FIFO is to let the first process go on to its write(2), which ends it when there is no reader any more.  So it is
+    # stopped before, and goes on only when two processes hold the reading end: whoever is killed in between, the task is not.
+    # (Met under load, where the first process takes milliseconds to wake up.)
+    try:
+        if not _waits(pid_file) or not _stop(first, deadline):
+            return
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            hold(descriptor)
+            signal_process(first, signal.SIGCONT)
+            waiting = select.poll()
+            waiting.register(descriptor, select.POLLIN)
+            while not waiting.poll(LOOK_S * 1000):
+                if not _waits(pid_file):
+                    return
+                if time.monotonic() > deadline:
+                    raise TimeoutError(errno.ETIMEDOUT, "its first process does not write to it")
+            os.read(descriptor, 1)
+        finally:
+            os.close(descriptor)
     finally:
-        os.close(descriptor)
+        signal_process(first, signal.SIGCONT)  # whatever went wrong, it does not stay stopped
+        os.close(first)
+
+
+def _stop(pidfd: int, deadline: float) -> bool:
+    """Stop a process → whether it has; False when it has ended."""
+    signal_process(pidfd, signal.SIGSTOP)
+    while not is_stopped(pidfd):
+        if has_ended(pidfd):
+            return False
+        if time.monotonic() > deadline:
+            raise TimeoutError(errno.ETIMEDOUT, "its first process does not stop")
+        time.sleep(STOP_LOOK_S)  # only a parent is told
+    return True
 
 
 def _waits(pid_file: Path) -> bool:

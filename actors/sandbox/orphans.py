@@ -109,4 +109,4 @@ def task_of(container: str) -> str:
 def is_of_a_task(name: str) -> bool:
     """Whether a held descriptor is an attempt's, or its workspace mount's."""
     kind, _, whose = name.partition("/")
-    return kind in (*making.HELD, "fuse", "channel", "server") and "/" not in whose
+    return kind in (*making.HELD, "gate", "fuse", "channel", "server") and "/" not in whose

@@ -41,6 +41,7 @@ PAUSE_S = 0.2  # between two strikes, at most
 AIM_S = 0.1  # how long a runtime that is to die is waited for
 HANG_SHARE, PAIR_SHARE, WAIT_SHARE = 0.1, 0.25, 0.3
 BUILDER_SHARE = 0.25
+TELL_S = 60.0  # between two lines on how far it is
 TASK_S = 180.0  # that a task may take in all of it
 # Those that nothing else can be said of than that they must be there again; the others live as long as their task or image.
 RETURNING = ("keeper", victims.ROOT, "fork server", "output mover", "syncer")
@@ -85,6 +86,11 @@ class Tally:
         self.faults[kind, fault] += 1
         self.strikes.append(f"{datetime.now(UTC):%H:%M:%S.%f} {fault} {kind}: {words}")
 
+    def line(self) -> str:
+        """How far it is."""
+        kills = ", ".join(f"{self.faults[kind, 'killed']} {kind}" for kind in victims.KINDS)
+        return f"killed: {kills}; {sum(self.pairs.values())} pairs; {self.tasks} tasks"
+
     def lines(self) -> list[str]:
         table = [f"{'process':22} {'killed':>7} {'hung':>5}   back after, in ms: median, 95 %, most"]
         for kind in victims.KINDS:
@@ -110,8 +116,11 @@ class Storm:
     # --- tasks ---
 
     def run(self, goal: Goal) -> None:
-        end = time.monotonic() + goal.seconds
+        end, told = time.monotonic() + goal.seconds, time.monotonic()
         while time.monotonic() < end or self._wanted(goal):
+            if time.monotonic() - told > TELL_S:
+                told = time.monotonic()
+                print(self.tally.line(), file=sys.stderr, flush=True)
             while len(self._running) < TASKS:
                 self._submit()
             time.sleep(self._chance.uniform(0.0, PAUSE_S))  # the storm's own rhythm, not a wait

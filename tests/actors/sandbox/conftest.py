@@ -103,7 +103,7 @@ class Sandbox:
     ends: dict[str, int] = field(default_factory=dict)
 
     def start(self) -> None:
-        conmon.start(self.container, TIMEOUT_S)
+        conmon.start(self.container, TIMEOUT_S, lambda descriptor: None)
 
     def finish(self) -> int:
         """The wait status, when the container has ended and conmon has written its output."""

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import stat
 import time
 from pathlib import Path
@@ -346,6 +347,35 @@ def test_start_again_changes_nothing(laboratory: Laboratory, runtime: Runtime, e
         sandbox.start()
         assert not gate.exists()
     assert (sandbox.workspace / "ran").read_text() == "ran\n"
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_start_that_is_killed_half_way_costs_the_task_nothing(laboratory: Laboratory, again: bool) -> None:
+    """runc's first process must find a reader when it goes on: another holder of it, or whoever starts it again."""
+    sandbox = laboratory.create(laboratory.runtime("runc"), *shell("echo ran >> ran"))
+    ours, theirs = socket.socketpair()
+
+    def hold(descriptor: int) -> None:
+        socket.send_fds(theirs, [b"."], [descriptor])
+        os._exit(9)
+
+    starter = os.fork()
+    if starter == 0:
+        conmon.start(sandbox.container, TIMEOUT_S, hold)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(starter, 0)[1]) == 9
+    _, [held], _, _ = socket.recv_fds(ours, 1, 1)
+    if again:
+        os.close(held)
+        sandbox.start()
+    else:
+        os.kill(sandbox.created.container_pid, signal.SIGCONT)  # as if it had been killed a moment later
+    assert os.waitstatus_to_exitcode(sandbox.finish()) == 0
+    assert (sandbox.workspace / "ran").read_text() == "ran\n"
+    if not again:
+        os.close(held)
+    for end in (ours, theirs):
+        end.close()
 
 
 def test_start_when_the_gate_is_not_as_expected(laboratory: Laboratory) -> None:
