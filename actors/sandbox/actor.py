@@ -7,6 +7,7 @@ started again builds its `Life` from what it sees (`recovery`) and goes on.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import time
@@ -26,7 +27,7 @@ from actors.output.follower import Follower
 from actors.output.sinks import faults
 from actors.sandbox import attempt as making
 from actors.sandbox import bundle, conmon, ending, messages
-from actors.sandbox.attempt import HELD, Attempt, held
+from actors.sandbox.attempt import HELD, STREAMS, Attempt, held
 from actors.sandbox.host import SandboxHost
 from actors.sandbox.record import Record
 from actors.sandbox.recovery import Found, look
@@ -454,15 +455,22 @@ class SandboxActor(Actor):
         self._know(Fact.ENDED)
 
     def _conmon_ended(self) -> None:
-        """Its last output is in the journal, unless it was killed: then the pipes are emptied by a pump."""
+        """Its last output is in the journal, unless it was killed or gave up: then the pipes are emptied by a pump."""
         self._services.processes.remove(self.name, f"conmon {self._task}")
         pidfd = self._services.descriptors.get(held("conmon", self._task))
         status = None if pidfd is None else wait_status(pidfd)
-        if status is not None and os.WIFEXITED(status):
+        if status is not None and os.WIFEXITED(status) and not self._pipes_hold_something():
             self._know(Fact.OUTPUT_WHOLE)
         else:
             logger.warning("conmon of task {} was killed; its pipes are taken over", self._task)
             self._request("pumped", OUTPUT, output.PumpOutput(self._task))
+
+    def _pipes_hold_something(self) -> bool:
+        waiting = select.poll()
+        for stream in STREAMS:
+            if (end := self._services.descriptors.get(held(stream, self._task))) is not None:
+                waiting.register(end, select.POLLIN)
+        return any(event & select.POLLIN for _, event in waiting.poll(0))
 
     def _check_conmon(self) -> None:
         """A monitor that somebody has stopped goes on: it cannot be replaced without a loss, and soon its task waits in write(2)."""

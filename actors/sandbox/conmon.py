@@ -35,6 +35,7 @@ from supervisor.pidfd import copy_descriptor, is_same, open_pidfd, signal_proces
 
 ANSWER_BYTES_MAX: Final = 1 << 16
 CLEARING_TIMEOUT_S: Final = 10.0  # for what is left of a create that failed
+STATE_TIMEOUT_S: Final = 10.0
 KILLED_MAX: Final = 3  # times that the runtime may be killed at one start
 
 
@@ -137,6 +138,16 @@ def find(container: Container) -> Created | None:
         return None
     finally:
         os.close(conmon)
+
+
+def waits(container: Container) -> bool:
+    """Whether container and conmon live, and its first process still waits for `start`.  Raises ContainerError."""
+    if find(container) is None:
+        return False
+    if container.runtime.name == "gvisor":
+        found = state(container, STATE_TIMEOUT_S)
+        return found is not None and found.status == "created"
+    return gate.waits(container.pid_file)
 
 
 def exit_code(container: Container) -> int | None:

@@ -75,7 +75,7 @@ def _read(path: Path, pid_file: Path, deadline: float, hold: Hold) -> None:
     # stopped before, and goes on only when two processes hold the reading end: whoever is killed in between, the task is not.
     # (Met under load, where the first process takes milliseconds to wake up.)
     try:
-        if not _waits(pid_file) or not _stop(first, deadline):
+        if not waits(pid_file) or not _stop(first, deadline):
             return
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -84,7 +84,7 @@ def _read(path: Path, pid_file: Path, deadline: float, hold: Hold) -> None:
             waiting = select.poll()
             waiting.register(descriptor, select.POLLIN)
             while not waiting.poll(LOOK_S * 1000):
-                if not _waits(pid_file):
+                if not waits(pid_file):
                     return
                 if time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, "its first process does not write to it")
@@ -108,7 +108,7 @@ def _stop(pidfd: int, deadline: float) -> bool:
     return True
 
 
-def _waits(pid_file: Path) -> bool:
+def waits(pid_file: Path) -> bool:
     """Whether a container's first process is still the runtime's: it holds the FIFO, close-on-exec."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         descriptors = Path(f"/proc/{int(pid_file.read_text())}/fd")

@@ -9,6 +9,7 @@ A SandboxActor always starts with this look; for a new task there is nothing to 
     its process has ended, and is held       the kernel knows its wait status
     no process, and conmon wrote its end     it has ended; code 128 + n leaves open whether by signal n or by itself
     no process, and none was ever created    begin anew
+    its process waits, and is not held       begin anew
     no process, and nothing is held          nobody can know how it ended: it is lost
 
 "Begin anew" is safe because a container's first process waits for the runtime's `start`, and that is only ever called after the
@@ -85,7 +86,12 @@ def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) ->
         return _anew(services, task, found, attempt)
     if boot_id != services.boot_id:
         return _lost(found, "the machine was started again while it ran")
-    if services.descriptors.get(held("container", task)) is None and not _collect(services, task, attempt):
+    is_held = services.descriptors.get(held("container", task)) is not None
+    if not is_held and conmon.waits(attempt.container):
+        # Nobody was told that it is created.  Its conmon may be in the midst of that, and ends without a word, and without reading
+        # the container's pipes, when it finds that nobody listens.
+        return _anew(services, task, found, attempt)
+    if not is_held and not _collect(services, task, attempt):
         if (code := conmon.exit_code(attempt.container)) is not None:
             _mark_start(services, task, record, intended_at)
             return _ended(found, code)

@@ -144,6 +144,30 @@ def test_a_hung_process_is_found_by_its_silence_and_replaced(daemon: Daemon, tas
     check(daemon, task)
 
 
+def test_a_conmon_that_found_nobody_to_tell_that_it_has_created_costs_no_output(tmp_path: Path, image: str) -> None:
+    """It is stopped before it can say so, and goes on when the root supervisor that waited for it is dead."""
+    program, stopped = shutil.which("crun"), tmp_path / "stopped"
+    wrapper = tmp_path / "bin" / "crun"
+    wrapper.parent.mkdir()
+    wrapper.write_text(
+        f'#!/bin/sh\ncase " $* " in *" create "*) [ -e {stopped} ] || '
+        f'{{ {program} "$@"; kill -STOP $PPID; echo > {stopped}; exit 0; }};; esac\nexec {program} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    (tmp_path / "node").mkdir()
+    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+        task = daemon.submit("echo ran >> ran; echo out; echo err >&2; exit 7", workspace="work")
+        deadline = time.monotonic() + 20
+        while not stopped.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
+        result = daemon.result(task)
+        assert (result.state, result.exit_code, result.error, result.gaps) == ("stopped", 7, None, 0)
+        assert daemon.logs(task) == (b"out\n", b"err\n")
+        assert (daemon.state / "workspaces/work/ran").read_text() == "ran\n"
+
+
 def test_a_stopped_conmon_goes_on(daemon: Daemon, task: str) -> None:
     os.kill(daemon.pid_of(f"conmon {task}"), signal.SIGSTOP)
     check(daemon, task)
