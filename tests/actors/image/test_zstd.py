@@ -51,7 +51,7 @@ def test_from_any_checkpoint_come_the_bytes_that_stand_there(
     packed, content = (b"".join(parts) for parts in zip(*drawn, strict=True))
     found, whole = checkpoints_of(packed, span, size)
     assert whole == content
-    assert found[0] == (0, 0, b"")
+    assert found[0] == Checkpoint(0, 0, b"")
     assert found == sorted(set(found))
     assert all(after.offset - before.offset >= span for before, after in itertools.pairwise(found))
     for checkpoint, following in zip(found, [*found[1:], None], strict=True):
@@ -65,7 +65,7 @@ def test_a_single_frame_has_one_checkpoint_and_is_read_from_its_begin() -> None:
     packed = zstd.compress(NOISE * 3)
     found, whole = checkpoints_of(packed)
     assert whole == NOISE * 3
-    assert found == [(0, 0, b"")]
+    assert found == [Checkpoint(0, 0, b"")]
 
 
 def test_frames_of_all_sizes_make_spans_of_a_mebibyte() -> None:
