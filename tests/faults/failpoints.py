@@ -408,6 +408,7 @@ SOMETIMES = (
     "drop fuse/image/DIGEST",
     "drop spool/image/DIGEST",
     "remove RUN/served/image/DIGEST.init",
+    "remove RUN/served/image/DIGEST.lock",
 )
 
 
