@@ -77,6 +77,7 @@ class SandboxActor(Actor):
         self._requests: dict[int, str] = {}
         self._choosing: list[Deferred] = []
         self._creations = 1
+        self._making_workspace = self._remove_workspace = False
 
     # --- life ---
 
@@ -167,6 +168,7 @@ class SandboxActor(Actor):
 
     def _mount_workspace(self) -> None:
         if self._spec.workspace is None:
+            self._making_workspace = True
             self.work("workspace", self._make_empty_workspace)
         else:
             self._request("workspace", MOUNTS, mounting.MountWorkspace(self._task, self._spec.workspace))
@@ -262,7 +264,9 @@ class SandboxActor(Actor):
         self.work("deleted", making.undo, self._attempt)
 
     def _release_workspace(self) -> None:
-        if self._spec.workspace is None:
+        if self._making_workspace:
+            self._remove_workspace = True  # once it is made: in another order it would stay
+        elif self._spec.workspace is None:
             self.work("workspace released", shutil.rmtree, self._layout.workspace_home, True)
         else:
             keep = self._record.sync == "sync_failed"
@@ -295,6 +299,7 @@ class SandboxActor(Actor):
     def _worked(self, key: Any, value: Any) -> None:
         match key:
             case "workspace":
+                self._workspace_is_made()
                 self._know(Fact.WORKSPACE)
             case "created":
                 self._services.descriptors.keep({held(kind, self._task): number for kind, number in value.items()})
@@ -329,7 +334,14 @@ class SandboxActor(Actor):
             case "started" | "stop cause" | "killed" | "released":
                 pass
 
+    def _workspace_is_made(self) -> None:
+        self._making_workspace = False
+        if self._remove_workspace:
+            self._release_workspace()
+
     def _work_failed(self, key: Any, error: Exception) -> None:
+        if key == "workspace":
+            self._workspace_is_made()
         match key:
             case "created" if self._may_create_again(error):
                 logger.warning("task {}: {}; it is created again", self._task, error)
