@@ -127,7 +127,7 @@ def test_a_busy_writer_and_its_syncer_and_supervisor_killed(daemon: Daemon) -> N
     store = make_store(daemon, "busy", {"log": b""})
     script = (
         "i=0; while [ ! -e go ]; do i=$((i+1)); echo line $i >> log; echo $i > new; mv new last; mkdir -p d/$((i % 7)); "
-        "echo $i > d/$((i % 7))/f; done; rm go; echo $i > last"
+        "echo $i > d/$((i % 7))/f; sleep 0.02; done; rm go; echo $i > last"  # at times it holds still for long enough to be copied
     )
     task = begun(daemon, script, "busy")
     kills = 0
