@@ -225,7 +225,7 @@ class Daemon:
         return holder_of(self.run_dir / "root.lock") == 0
 
     def wait_released(self) -> None:
-        """Wait until everything that tasks had is given back."""
+        """Wait until everything that tasks had is given back: their mount points first, what they had on the state disk last."""
         directory = self.run_dir / "tasks"
         with INotify() as changed:
             changed.add_watch(str(directory), flags.DELETE)
@@ -233,14 +233,21 @@ class Daemon:
                 assert changed.read(timeout=int(PATIENCE_S * 1000)), (
                     f"left: {list(directory.iterdir())}\n{self.log.read_text()[-3000:]}"
                 )
+        deadline = time.monotonic() + PATIENCE_S
+        while left := self.task_directories():
+            assert time.monotonic() < deadline, f"left: {left}\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.005)
+
+    def task_directories(self) -> list[Path]:
+        """What tasks have on the state disk, beside the output that stays."""
+        return [entry for task in (self.state / "tasks").iterdir() for entry in task.iterdir() if entry.name != "output"]
 
     def leavings(self) -> list[str]:
         """What is left of tasks: mounts, directories, control groups, monitors.  For when no task runs."""
         found = [f"mount {mount.target}" for mount in mounts_below(str(self.run_dir / "tasks"))]
         found += [f"control group {group}" for group in self.groups()]
         found += [f"directory {entry}" for entry in (self.run_dir / "tasks").iterdir()]
-        for task in (self.state / "tasks").iterdir():
-            found += [f"directory {entry}" for entry in task.iterdir() if entry.name != "output"]
+        found += [f"directory {entry}" for entry in self.task_directories()]
         for pid in self.processes():
             if (name := name_of(pid)) in ("conmon", "crun", "runc"):
                 found.append(f"process {name} {pid}")

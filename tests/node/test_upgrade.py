@@ -90,7 +90,8 @@ def test_the_present_version_takes_over_what_an_older_one_runs(tmp_path: Path, i
         (store / "big").write_bytes(CONTENT)
         os.chown(store, 1000, 1000)
         old.submitted("ended", "echo done; exit 5")
-        assert json.loads(old.run_command("result", "--wait", "30s", "--json", "ended").stdout)["exit_code"] == 5
+        ended = old.run_command("result", "--wait", "30s", "--json", "ended")
+        assert json.loads(ended.stdout)["exit_code"] == 5, (ended, old.log.read_text()[-3000:])
         lease = json.loads(old.run_command("image", "mount", "--json", image).stdout)
         old.submitted("plain", f"{PRINT}; exit 7", "--timeout", "60s")
         old.submitted("work", f"echo before > kept; {READ} {PRINT}; echo after >> kept; exit 8", "--workspace", "work")
