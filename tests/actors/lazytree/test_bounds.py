@@ -106,7 +106,7 @@ def test_a_thousand_large_reads_at_once_take_little_memory(tmp_path: Path, trees
         code = wait_in_time(readers)
     assert code == 0
     assert MIB < peak_bytes < PRIVATE_BYTES_MAX
-    wait_for(lambda: private_bytes(server.pid) < PRIVATE_BYTES_MAX / 2)  # it is given back, idle threads' stacks after ten seconds
+    wait_for(lambda: private_bytes(server.pid) < PRIVATE_BYTES_MAX / 2)  # given back: idle threads after ten seconds
 
 
 # --- a store that hangs
