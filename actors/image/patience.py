@@ -27,6 +27,7 @@ SLOW_SHARE = 0.25  # of the median of what the same host sent lately
 SLOW_FLOOR_BYTES_PER_S = 16 << 10  # when nothing is known of the host yet
 STRAGGLERS_MAX = 3  # given up for one piece of work; then this is how fast it is today
 _KNOWN = 32  # bodies that the median is of
+_chance = random.Random()  # its own: nodes that were forked, or a program that sets the seed, must not all wait alike
 _SAMPLE_BYTES_MIN = 64 << 10  # a smaller body is one round trip, and says nothing about bandwidth
 
 
@@ -61,7 +62,7 @@ class Patience:
         if self.failures >= self._attempts:
             return False
         if wait_s is None:
-            wait_s = 0.0 if self.failures == 1 else BACKOFF_S * 2 ** (self.failures - 2) * random.uniform(0.5, 1.5)
+            wait_s = 0.0 if self.failures == 1 else BACKOFF_S * 2 ** (self.failures - 2) * _chance.uniform(0.5, 1.5)
         if wait_s > min(RETRY_AFTER_MAX_S, self.left_s):
             return False
         time.sleep(wait_s)

@@ -331,7 +331,9 @@ class SandboxActor(Actor):
                 self._know(Fact.WORKSPACE_RELEASED)
             case "sinks":
                 self._choosing.pop(0).set(self._state())
-            case "started" | "stop cause" | "killed" | "released":
+            case "stop", force:
+                self._end(force)
+            case "started" | "killed" | "released":
                 pass
 
     def _workspace_is_made(self) -> None:
@@ -358,6 +360,9 @@ class SandboxActor(Actor):
                 self.after(RETRY_S, ("again", Effect.RECORD_RESULT))
             case "sinks":
                 self._choosing.pop(0).set_exception(error)
+            case "stop", force:
+                logger.error("that task {} is to end could not be recorded: {}", self._task, error)
+                self._end(force)
             case "deleted":
                 logger.error("task {} could not be undone, trying again: {}", self._task, error)
                 self.after(RETRY_S, ("again", Effect.DELETE))
@@ -427,12 +432,15 @@ class SandboxActor(Actor):
     def _ask_to_end(self, cause: ending.Cause, force: bool) -> Any:
         if self._record.stop_cause is None and Fact.ENDED not in self._life.facts:
             self._record.stop_cause = cause
-            # Whatever it is doing: who asked may be gone when a daemon that was killed here is there again.
-            self._write("stop cause", "UPDATE tasks SET stop_cause = ? WHERE task = ?", cause)
+        # On record before it is acted upon, or a daemon that is killed in between would not know why its task has ended; and whatever
+        # the task is doing, for who asked may be gone by then.
+        self._write(("stop", force), "UPDATE tasks SET stop_cause = ? WHERE task = ?", self._record.stop_cause)
+        return self._state()
+
+    def _end(self, force: bool) -> None:
         self._know(Fact.STOP_ASKED)
         if force:
             self._know(Fact.KILL_ASKED)
-        return self._state()
 
     def _delete_asked(self, force: bool) -> Any:
         if self._life.phase.value < Phase.REPORTING.value:
@@ -574,7 +582,7 @@ class SandboxActor(Actor):
     def _request(self, what: str, name: str, message: Any) -> None:
         self._requests[self.request(name, message)] = what
 
-    def _write(self, key: str, sql: str, *values: Any) -> None:
+    def _write(self, key: Any, sql: str, *values: Any) -> None:
         """Write a mark to the store; `key` becomes known when it is durable."""
         mailbox = self.mailbox
 
