@@ -186,14 +186,17 @@ class ImageActor(Actor):
             if len(self._mounting_root[lease]) == 1:
                 self.work(("root", lease), self._mount_root, image, lease)
         else:
-            self._given[lease] = self._lease_on(image, lease, None)
+            data = image.mount.data_for(lease, asked.message.workload) if image.mount is not None else None
+            self._given[lease] = self._lease_on(image, lease, None, data)
             asked.reply.set(self._given[lease])
 
-    def _lease_on(self, image: Image, lease: str, path: str | None) -> messages.RootfsReady:
+    def _lease_on(self, image: Image, lease: str, path: str | None, data: list[str] | None = None) -> messages.RootfsReady:
         assert image.mount is not None and image.mount.archive is not None
         info = image.mount.archive.info
         config = messages.ImageConfig(info.env, info.entrypoint, info.command)
-        return messages.RootfsReady(lease, image.reference, image.digest, image.mount.lower, image.mount.data, config, path)
+        return messages.RootfsReady(
+            lease, image.reference, image.digest, image.mount.lower, data or image.mount.data, config, path
+        )
 
     def _mount_root(self, image: Image, lease: str) -> str:
         assert image.mount is not None
@@ -232,6 +235,8 @@ class ImageActor(Actor):
         image = self._catalogue.with_lease(lease)
         if image is not None:
             image.leases.discard(lease)
+            if image.mount is not None:
+                image.mount.released(lease)
             self._watch_idle(image)
         return messages.Released(known or image is not None)
 
@@ -244,15 +249,15 @@ class ImageActor(Actor):
 
     # --- mounts ---
 
-    def _mount_of(self, image: Image) -> ImageMount:
-        mount = ImageMount(self, self._services, image.digest, image.reference, image.complete)
+    def _mount_of(self, image: Image, workload: str = "") -> ImageMount:
+        mount = ImageMount(self, self._services, image.digest, image.reference, image.complete, workload)
         mount.login = image.login
         return mount
 
     def _make_mount(self, image: Image) -> None:
         """For those who wait for it; what is missing is fetched from where the last of them named it."""
         self._catalogue.name(image, Reference.parse(image.waiting[-1].message.reference))
-        image.mount = self._mount_of(image)
+        image.mount = self._mount_of(image, image.waiting[-1].message.workload)
         image.mount.make()
 
     def _from_mount(self, image: Image, message: Any) -> None:

@@ -182,6 +182,27 @@ def receive_archive(directory: str, digest: str, fill: Callable[[BinaryIO], bool
     return Archive.open(path, checked=True)
 
 
+def save_beside(path: str, pieces: Iterable[bytes]) -> int:
+    """Write a file that belongs to an archive, "DIRECTORY/sha256-….something", whole and durable or not at all → its size in bytes.
+
+    Raises OSError.  What a writer that was killed has left is removed with what is left of archives.
+    """
+    directory, name = os.path.split(path)
+    temporary, file = _create(directory, name.partition(".")[0])
+    with file:
+        try:
+            file.writelines(pieces)
+            size = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    _sync_directory(directory)
+    return size
+
+
 def _write_sections(file: BinaryIO, root: erofs.Node, rows: Iterable[Row], checkpoints: Checkpoints, info: ImageInfo) -> None:
     ordered = sorted(rows, key=attrgetter("key"))
     meta_length = erofs.write(root, file)

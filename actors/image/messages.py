@@ -12,13 +12,15 @@ class PrepareRootfs(Message, frozen=True):
     `lease` is the asker's name for the lease: asked again with the same name, the answer is the same lease.  With `root` the
     image is also mounted as one read-only tree (`image mount`); a task brings its own upper directory and needs only the layers.
     `login` is for the image's registry, None for what Docker's config has: what a tag names is asked of the registry once for each
-    login, so that nobody gets a private image by its name because another task might.
+    login, so that nobody gets a private image by its name because another task might.  `workload`: of what tasks this is one, for what is
+    fetched ahead (`trace.workload_of`); "" of none.
     """
 
     lease: str
     reference: str
     root: bool = False
     login: Login | None = None
+    workload: str = ""
 
 
 class ImageConfig(Message, frozen=True):

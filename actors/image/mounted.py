@@ -20,13 +20,14 @@ from typing import Any
 
 from loguru import logger
 
-from actors.image import spool, wire
+from actors.image import spool, trace, wire
 from actors.image.archive import Archive, archive_path
 from actors.image.credentials import docker_login
 from actors.image.errors import ArchiveInvalid
 from actors.image.login import Access, Login
 from actors.image.mirrors import mirrors_of
 from actors.image.reference import Reference
+from actors.image.tracing import Recorded, Tracing
 from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
 from actors.lazytree.served import LazyServer, Program
@@ -37,7 +38,10 @@ from supervisor.answers import Worked, WorkFailed
 from supervisor.frames import Codec
 
 SAMPLE = 256  # objects
-SERVER_SAYS = Codec(Ready, Progress, ReadFailed, wire.Completed, wire.LoginWanted)
+READ_AHEAD_KIB = 128
+"""Of the kernel, which does not know what is far away: around each page that is missing, it would fetch a mebibyte.  The server reads
+ahead of whom reads on."""
+SERVER_SAYS = Codec(Ready, Progress, ReadFailed, wire.Completed, wire.LoginWanted, wire.TracePart)
 
 
 class State(Enum):
@@ -81,6 +85,14 @@ class _Login:
     registry: str
 
 
+@dataclass(frozen=True, eq=False)
+class _Save:
+    """A trace is put beside the archive, beside all other work."""
+
+    mount: ImageMount
+    workload: str
+
+
 class ImageMount:
     """One mount of the image `digest`, known as `reference`, from `make` or `adopt` to its end.
 
@@ -88,7 +100,9 @@ class ImageMount:
     blocking work is under way at a time, so none of them meets another.
     """
 
-    def __init__(self, actor: Actor, services: Services, digest: str, reference: str, complete: bool) -> None:
+    def __init__(
+        self, actor: Actor, services: Services, digest: str, reference: str, complete: bool, workload: str = ""
+    ) -> None:
         self.state = State.MAKING
         self.archive: Archive | None = None
         self._actor = actor
@@ -97,6 +111,10 @@ class ImageMount:
         self.login: Login | None = None  # of the last task that brought one
         self._reference = reference
         self._complete = complete
+        self._digest = digest
+        self._workload = workload  # for whose tasks it is made
+        self._prefetches = services.settings.image.prefetch != "off"
+        self._tracing: Tracing | None = None
         self._archive_path = archive_path(self._settings.archive_dir, digest)
         name = digest.replace(":", "-")
         self._meta = Path(self._settings.mount_dir) / name
@@ -125,6 +143,19 @@ class ImageMount:
         """The layers with the content, for the same."""
         return [self._settings.cache_dir, *([str(self._lazy_target)] if self._lazy.minor else [])]
 
+    def data_for(self, lease: str, workload: str) -> list[str]:
+        """The layers with the content for a new task, which is recorded if its workload has no trace yet."""
+        if self._tracing is None or not self._lazy.minor or not self._tracing.wants(workload):
+            return self.data
+        self._tracing.begin(lease, workload)
+        self._lazy.send(wire.BeginTrace(lease))
+        return [str(self._lazy_target)]
+
+    def released(self, lease: str) -> None:
+        """A lease is given back."""
+        if self._tracing is not None and self._tracing.is_recorded(lease):
+            self._lazy.send(wire.EndTrace(lease))
+
     @property
     def places(self) -> list[str]:
         """Where it is mounted."""
@@ -139,6 +170,8 @@ class ImageMount:
                 self.archive = Archive.open(self._archive_path)
                 if self._lazy.minor:
                     self._keep_spool()
+                if self._prefetches:
+                    self._look_for_traces()
                 self.state, self._ready = State.THERE, True
                 return True
         except (OSError, ArchiveInvalid) as error:
@@ -177,6 +210,8 @@ class ImageMount:
                 self._lazy.send(wire.LoginFound(registry, login))
             case WorkFailed(_Login(owner, registry), error) if owner is self:
                 self._lazy.send(wire.LoginFound(registry, None, str(error)))
+            case WorkFailed(_Save(owner, _), error) if owner is self:
+                logger.warning("{}: a trace could not be kept: {}", self._reference, error)
             case _NotReady(owner):
                 if owner is self and self.state is State.MAKING:
                     time_s = self._services.settings.mount.ready_timeout_s
@@ -194,6 +229,9 @@ class ImageMount:
                 self._completed.update(rows)
             case wire.LoginWanted(registry):
                 self._find_login(registry)
+            case wire.TracePart() as part if self._tracing is not None:
+                if (recorded := self._tracing.take(part)) is not None:
+                    self._keep_trace(recorded)
             case ReadFailed() as failed:
                 return failed
         return None
@@ -204,6 +242,10 @@ class ImageMount:
             self._lazy.send(wire.LoginFound(registry, self.login))
         else:
             self._actor.work(_Login(self, registry), docker_login, registry)
+
+    def _keep_trace(self, recorded: Recorded) -> None:
+        arguments = (self._settings.archive_dir, self._digest, recorded.workload, recorded.trace)
+        self._actor.work(_Save(self, recorded.workload), trace.save, *arguments)
 
     def _go_on(self) -> None:
         """Begin what is to be done next, unless something is being done."""
@@ -228,12 +270,11 @@ class ImageMount:
     def _worked(self, step: str, value: Any) -> Mounted | NotMounted | Removed | None:
         match step:
             case "look" if self._failure is None:
-                self.archive, minor = value
+                self.archive, self._complete, minor = value
                 if minor:
-                    self._complete = False
                     self._lazy.start(minor)
                 else:
-                    self._complete = self._ready = True
+                    self._ready = True
             case "mount" if self._failure is None:
                 self.state = State.THERE
                 return Mounted(self._complete)
@@ -273,16 +314,25 @@ class ImageMount:
 
     # --- what blocks, one at a time, in the worker pool ---
 
-    def _look(self) -> tuple[Archive, int]:
-        """Open the archive and, if content is missing, mount LAZY → its minor, or 0."""
+    def _look(self) -> tuple[Archive, bool, int]:
+        """Open the archive and, if content is missing or the task is to be recorded, mount LAZY.
+
+        → archive, whether all content is here, LAZY's minor or 0.
+        """
         for target in (self._meta, self._lazy_target):
             mounts.unmount(str(target), lazily=True)
         archive = Archive.open(self._archive_path)
         # Of an image that was complete a sample is looked for: somebody may have emptied the cache.
-        if self._is_complete(archive, SAMPLE if self._complete else None):
-            return archive, 0
+        complete = self._is_complete(archive, SAMPLE if self._complete else None)
+        if self._prefetches:
+            self._look_for_traces()
+        if complete and (self._tracing is None or not self._tracing.wants(self._workload)):
+            return archive, True, 0
         self._keep_spool()
-        return archive, self._lazy.open()
+        return archive, complete, self._lazy.open()
+
+    def _look_for_traces(self) -> None:
+        self._tracing = Tracing(trace.workloads(self._settings.archive_dir, self._digest))
 
     def _keep_spool(self) -> None:
         if self._services.descriptors.get(self._spool) is None:
@@ -301,11 +351,12 @@ class ImageMount:
             gid=settings.sandbox.gid,
             spool_bytes_max=settings.image.spool_bytes_max,
             access=Access(self.login, mirrors_of(Reference.parse(self._reference).registry, settings.image.mirrors)),
+            traces=self._prefetches,
         )
 
     def _mount(self) -> None:
         if self._lazy.minor:
-            mounts.tune_fuse(self._lazy.minor)
+            mounts.tune_fuse(self._lazy.minor, read_ahead_kib=READ_AHEAD_KIB)
             os.statvfs(self._lazy_target)  # ready is who has answered
         self._meta.mkdir(mode=0o755, parents=True, exist_ok=True)
         mounts.mount_erofs(self._archive_path, str(self._meta))

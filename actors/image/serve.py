@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -15,10 +17,22 @@ from actors.image.archive import Archive
 from actors.image.credentials import HELPER_TIMEOUT_S, FindLogin, HelperFailed, docker_login
 from actors.image.login import Login
 from actors.image.mirrors import host_of
+from actors.image.recording import Recorder
 from actors.image.reference import Reference
 from actors.image.registry import Registry
 from actors.image.source import RegistrySource
-from actors.image.wire import Completed, LoginFound, LoginWanted, ServeImage, Taken
+from actors.image.trace import pack_blocks
+from actors.image.wire import (
+    TRACE_PART_BYTES,
+    BeginTrace,
+    Completed,
+    EndTrace,
+    LoginFound,
+    LoginWanted,
+    ServeImage,
+    Taken,
+    TracePart,
+)
 from actors.lazytree.server import drop_privileges, serve_tree
 from actors.lazytree.wire import ServeTree
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
@@ -26,6 +40,7 @@ from supervisor.frames import Codec, FrameError, Message
 
 ROWS_MAX = 4096  # in one message
 SAY_AGAIN_S = 5.0
+TRACE_LOOK_S = 1.0  # how often it is looked for recordings whose time is over, while there are any
 LOGIN_TIMEOUT_S = HELPER_TIMEOUT_S + 1.0  # for the parent to find one
 
 TELL_AGAIN_S = 0.05  # a failed read's reason: tasks come and go, and each is to have it
@@ -34,7 +49,8 @@ TELL_AGAIN_S = 0.05  # a failed read's reason: tasks come and go, and each is to
 def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     """Serve a `ServeImage` on its two descriptors, FUSE connection and spool, until the mount is gone.
 
-    Says `Ready`, `Progress`, `ReadFailed` (`lazytree.wire`), `Completed` and `LoginWanted`; is told `Taken` and `LoginFound`.
+    Says `Ready`, `Progress`, `ReadFailed` (`lazytree.wire`), `Completed`, `LoginWanted` and `TracePart`; is told `Taken`, `LoginFound`,
+    `BeginTrace` and `EndTrace`.
     Without a spool (whoever held it is dead) it makes one for itself, from which nobody publishes.
     """
     order: ServeImage = Codec(ServeImage).decode(arguments)
@@ -60,10 +76,12 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         handover.add,
     )
     drop_privileges(order.uid, order.gid)
-    channel = Channel(end, Codec(Taken, LoginFound))
+    channel = Channel(end, Codec(Taken, LoginFound, BeginTrace, EndTrace))
+    traces = Traces(source) if order.traces else None
     tree = ServeTree("", "", order.init_request, order.replacement, order.read_timeout_s)
-    beside = partial(_run, channel, source, handover, logins, order.replacement)
-    serve_tree(channel, fuse_descriptor, tree, table, source, beside, TELL_AGAIN_S)
+    beside = partial(_run, channel, source, handover, logins, traces, order.replacement)
+    observer = traces.recorder if traces else None
+    serve_tree(channel, fuse_descriptor, tree, table, source, beside, TELL_AGAIN_S, observer)
 
 
 async def _run(
@@ -71,6 +89,7 @@ async def _run(
     source: RegistrySource,
     handover: Handover,
     logins: Logins,
+    traces: Traces | None,
     replacement: bool,
     tell: Callable[[Message], None],
 ) -> None:
@@ -78,12 +97,14 @@ async def _run(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(source.run)
         nursery.start_soon(handover.run, tell)
-        nursery.start_soon(_listen, channel, source, handover, logins)
+        if traces is not None:
+            nursery.start_soon(traces.run, tell)
+        nursery.start_soon(_listen, channel, source, handover, logins, traces)
         if replacement:
             nursery.start_soon(source.inherited)
 
 
-async def _listen(channel: Channel, source: RegistrySource, handover: Handover, logins: Logins) -> None:
+async def _listen(channel: Channel, source: RegistrySource, handover: Handover, logins: Logins, traces: Traces | None) -> None:
     while True:
         await trio.lowlevel.wait_readable(channel.fileno())
         try:
@@ -92,11 +113,14 @@ async def _listen(channel: Channel, source: RegistrySource, handover: Handover, 
             continue  # a message of another version's parent, perhaps: what it took is said again
         except ChannelClosed:
             return  # nobody publishes any more; the mount is served on
-        if isinstance(message, LoginFound):
-            logins.take(message)
-        else:
-            handover.remove(message.rows)
-            await source.taken(message.rows)
+        match message:
+            case LoginFound():
+                logins.take(message)
+            case Taken(rows):
+                handover.remove(rows)
+                await source.taken(rows)
+            case _ if traces is not None:
+                traces.take(message)
 
 
 class Handover:
@@ -129,6 +153,47 @@ class Handover:
             if trio.current_time() >= again_s:
                 self._unsaid |= self._said
                 again_s = trio.current_time() + SAY_AGAIN_S
+
+
+class Traces:
+    """The traces that are being recorded: begun and ended by the parent, which is told each when it is over."""
+
+    def __init__(self, source: RegistrySource) -> None:
+        self.recorder = Recorder(time.monotonic)
+        self._source = source
+        self._begun: dict[str, tuple[int, float]] = {}  # trace → what the source had fetched when it began
+        self._over: list[str] = []
+        self._changed = trio.Event()
+
+    def take(self, message: BeginTrace | EndTrace) -> None:
+        if isinstance(message, BeginTrace):
+            self.recorder.begin(message.name)
+            self._begun[message.name] = self._source.fetched
+        else:
+            self._over.append(message.name)
+        self._changed.set()
+
+    async def run(self, tell: Callable[[Message], None]) -> None:
+        while True:
+            self._changed = trio.Event()
+            for name in [*self._over, *self.recorder.ended()]:
+                self._tell(name, tell)
+            self._over.clear()
+            with trio.move_on_after(TRACE_LOOK_S if self._begun else math.inf):
+                await self._changed.wait()
+
+    def _tell(self, name: str, tell: Callable[[Message], None]) -> None:
+        recorded = self.recorder.end(name)
+        before = self._begun.pop(name, None)
+        if recorded is None or before is None:  # an earlier server recorded it, and is dead, or it was over before
+            tell(TracePart(name, b"", True))
+            return
+        blocks = pack_blocks(recorded)
+        fetched_bytes, fetching_s = self._source.fetched
+        parts = [blocks[first : first + TRACE_PART_BYTES] for first in range(0, len(blocks), TRACE_PART_BYTES)] or [b""]
+        for part in parts[:-1]:
+            tell(TracePart(name, part, False))
+        tell(TracePart(name, parts[-1], True, fetched_bytes - before[0], fetching_s - before[1]))
 
 
 class Logins:

@@ -123,7 +123,27 @@ class RegistrySource:
         self._idle: list[Registry] = []  # of them: those that nobody uses just now
         self._has_mirrors = False
         self._mirrors_distrusted = False
+        self._fetched_bytes, self._fetching_s = 0, 0.0
+        self._in_the_air, self._began_s = 0, 0.0
         self._from_mirrors: set[tuple[int, int]] = set()  # spans that perhaps came from one, before they were distrusted
+
+    @property
+    def fetched(self) -> tuple[int, float]:
+        """Compressed bytes that were fetched so far, and for how many seconds something was on its way."""
+        now = trio.current_time()
+        return self._fetched_bytes, self._fetching_s + (now - self._began_s if self._in_the_air else 0.0)
+
+    @contextmanager
+    def _fetching(self) -> Iterator[None]:
+        if not self._in_the_air:
+            self._began_s = trio.current_time()
+        self._in_the_air += 1
+        try:
+            yield
+        finally:
+            self._in_the_air -= 1
+            if not self._in_the_air:
+                self._fetching_s += trio.current_time() - self._began_s
 
     async def run(self) -> None:
         """Fetch what is wanted, for as long as this is not cancelled."""
@@ -301,7 +321,7 @@ class RegistrySource:
     async def _bring(self, flight: _Flight) -> None:
         rows: list[int] = []
         try:
-            with flight.scope:
+            with flight.scope, self._fetching():
                 await self._make_room(self._spool_bytes_max)
                 distrusted = self._mirrors_distrusted
                 try:
@@ -356,6 +376,8 @@ class RegistrySource:
         finally:
             pieces.close()
             self._give_back(registry)
+            with self._lock:
+                self._fetched_bytes += span.stop - span.first
 
     def _scatter(self, layer: int, begin: int, end: int, blocks: Iterator[bytes]) -> list[int]:
         """Write what of these blocks, which begin at `begin` of the layer, belongs to objects → those that are whole now."""

@@ -105,8 +105,9 @@ class ServeImage(Message, frozen=True):
 
     `archive`: path of the image's archive.  `reference`: by which this node knows the image, and so whom to fetch from (the one in
     the archive is that of whoever built it, with another registry perhaps).  `objects`: OBJECTS, which the server reads and does
-    not write.  `spool_bytes_max`: what it may take of the spool's file system before it gives up what is oldest there.  The rest is
-    as in `lazytree.wire.ServeTree`.
+    not write.  `traces`: it may be told to `BeginTrace`.
+    `spool_bytes_max`: what it may take of the spool's file system before it gives up what is oldest there.  The rest is as in
+    `lazytree.wire.ServeTree`.
     The registry's credentials are those of `access`, or Docker's (config.json), read before the server drops its privileges; when
     they are refused, it asks for newer ones (`LoginWanted`).
     """
@@ -121,6 +122,7 @@ class ServeImage(Message, frozen=True):
     gid: int = 1000
     spool_bytes_max: int = 1 << 30
     access: Access = Access()
+    traces: bool = False
 
 
 class Completed(Message, frozen=True):
@@ -148,6 +150,34 @@ class LoginFound(Message, frozen=True):
     registry: str
     login: Login | None
     problem: str = ""
+
+
+class BeginTrace(Message, frozen=True):
+    """To an image mount: record what is read from now on, as the trace of that name, until `EndTrace` or the trace's own bounds."""
+
+    name: str
+
+
+class EndTrace(Message, frozen=True):
+    """To an image mount: the trace is over; no error when there is none of that name."""
+
+    name: str
+
+
+class TracePart(Message, frozen=True):
+    """From an image mount, once a trace is over: its next blocks (`trace.pack_blocks`, at most TRACE_PART_BYTES).
+
+    The rest is of the `last` part: what the server has fetched meanwhile, compressed, and how long something was on its way.
+    """
+
+    name: str
+    blocks: bytes
+    last: bool
+    fetched_bytes: int = 0
+    fetching_s: float = 0.0
+
+
+TRACE_PART_BYTES = 32 << 10
 
 
 class Taken(Message, frozen=True):

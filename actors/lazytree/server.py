@@ -83,6 +83,18 @@ class Source(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """Who is told what is asked of a tree, before it is answered."""
+
+    def opened(self, index: int) -> None:
+        """The object at that index of the table was opened."""
+        ...
+
+    def read(self, index: int, offset: int, size: int) -> None:
+        """`size` bytes at `offset` of it were asked for, at least one of which there is."""
+        ...
+
+
 class _Flight:
     """A read that is under way, and everybody who wants the same bytes."""
 
@@ -205,11 +217,12 @@ class LazyTree(pyfuse3.Operations):
 
     supports_dot_lookup = False
 
-    def __init__(self, table: ObjectTable, reads: Reads, connect: Callable[[], None]) -> None:
+    def __init__(self, table: ObjectTable, reads: Reads, connect: Callable[[], None], observer: Observer | None) -> None:
         super().__init__()
         self._table = table
         self._reads = reads
         self._connect = connect
+        self._observer = observer
         self.answered = 0
         self.waiting = 0
 
@@ -259,12 +272,17 @@ class LazyTree(pyfuse3.Operations):
 
     @_answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        self._index(inode)
+        index = self._index(inode)
+        if self._observer is not None:
+            self._observer.opened(index)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]  # it takes any buffer
-        data = await self._reads.read(self._index(fh), off, size)
+        index = self._index(fh)
+        if self._observer is not None and (within := min(size, self._table.row(index).size_bytes - off)) > 0:
+            self._observer.read(index, off, within)
+        data = await self._reads.read(index, off, size)
         if data is None:
             raise pyfuse3.FUSEError(errno.EIO)
         return data
@@ -352,6 +370,7 @@ def serve_tree(
     source: Source,
     beside: Callable[[Callable[[Message], None]], Awaitable[None]] | None = None,
     tell_again_s: float = math.inf,
+    observer: Observer | None = None,
 ) -> None:
     """Serve until the mount is gone.  It takes a closed channel for a parent that is being replaced, and goes on.
 
@@ -359,7 +378,7 @@ def serve_tree(
     `Reads`.
     """
     _bound_memory()
-    trio.run(_serve_tree, channel, fuse_descriptor, arguments, table, source, beside, tell_again_s)
+    trio.run(_serve_tree, channel, fuse_descriptor, arguments, table, source, beside, tell_again_s, observer)
 
 
 async def _serve_tree(
@@ -370,6 +389,7 @@ async def _serve_tree(
     source: Source,
     beside: Callable[[Callable[[Message], None]], Awaitable[None]] | None,
     tell_again_s: float,
+    observer: Observer | None,
 ) -> None:
     report = Report(channel)
     reads = Reads(table, source, arguments.read_timeout_s, report.tell, tell_again_s)
@@ -384,7 +404,7 @@ async def _serve_tree(
         os.close(fuse_descriptor)
         connected.set()
 
-    tree = LazyTree(table, reads, connect)
+    tree = LazyTree(table, reads, connect, observer)
     pyfuse3.init(tree, f"/dev/fd/{session_descriptor}", set())
     feeder.send(arguments.init_request)
     async with trio.open_nursery() as nursery:

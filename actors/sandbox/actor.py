@@ -21,6 +21,7 @@ from loguru import logger
 
 from actors.gateway.messages import Failure, Sync, TaskResult, TaskSpec
 from actors.image import messages as images
+from actors.image.trace import workload_of
 from actors.mount import messages as mounting
 from actors.output import messages as output
 from actors.output.follower import Follower
@@ -164,7 +165,10 @@ class SandboxActor(Actor):
     # --- effects ---
 
     def _lease_image(self) -> None:
-        self._request("image", IMAGES, images.PrepareRootfs(f"task/{self._task}", self._spec.image, login=self._spec.login))
+        wanted = images.PrepareRootfs(
+            f"task/{self._task}", self._spec.image, login=self._spec.login, workload=workload_of(self._spec.command)
+        )
+        self._request("image", IMAGES, wanted)
 
     def _mount_workspace(self) -> None:
         if self._spec.workspace is None:
