@@ -279,7 +279,7 @@ class SandboxActor(Actor):
     def _finish_output(self) -> None:
         """Let the sinks have all of it.  Followed once more first: after a restart nobody may have followed it yet."""
         sinks = self._sinks_wanted()
-        if not sinks:
+        if not sinks or not self._layout.output.exists():  # nobody wants it, or it never came so far that it could print
             self._know(Fact.OUTPUT_DRAINED)
             return
         self._request("output followed", OUTPUT, output.FollowOutput(self._task, sinks))

@@ -1,126 +1,13 @@
-"""Every durable operation of a root supervisor, by the scenario in which it is killed there: the one table of failpoints (`armed`).
+"""Every durable operation of a root supervisor, and of a syncer, an output mover and an image builder, by the scenario in which it is
+killed there: the one table of failpoints (`armed`).
 
 An operation that is not in it fails `test_failpoints`, and so does one that is reached no more.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import socket
-import sqlite3
-import subprocess
-import sys
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
-
-from supervisor.channel import Channel
-from supervisor.keeping import FROM_KEEPER, AskState, State
-from tests.actors.image.images import RunningRegistry
-from tests.faults.armed import operation_name
-from tests.node.daemon import PATIENCE_S, Daemon, name_of
-
-HIT_S = 60.0
-
-
-class ArmedDaemon(Daemon):
-    """A daemon whose root supervisor can be killed at any of its durable operations."""
-
-    program = Path(__file__).with_name("armed.py")
-
-    def __init__(self, home: Path, image: str, registry: RunningRegistry) -> None:
-        self.points, self.logs_dir, self.registry = home / "failpoints", home / "logs", registry
-        self.points.mkdir()
-        settings = {
-            "AERIE_OUTPUT_FILE_DIR": str(self.logs_dir),
-            "AERIE_GATEWAY_PARALLEL": "1",
-            "AERIE_GATEWAY_RESULTS_MAX": "3",
-            "AERIE_DAEMON_DRAIN_TIMEOUT": "100ms",
-        }
-        super().__init__(home, image, FAILPOINTS=str(self.points), **settings)
-
-    @contextmanager
-    def killed_at(self, task: str, *points: str, keeper: bool = False) -> Iterator[None]:
-        """Within this the root supervisor is killed once at each of these points of `task`'s; at its end it was, at most of them.
-
-        (Of two operations that go on side by side, the second one may be over when the first one is armed again.)  With `keeper`
-        its keeper is killed too, and started again by who started it.
-        """
-        (self.points / "new").write_text(json.dumps([task, points, keeper]))
-        (self.points / "new").rename(self.points / "armed")
-        starter = threading.Thread(target=self._start_again, daemon=True)
-        if keeper:
-            starter.start()
-        yield
-        deadline = time.monotonic() + HIT_S
-        while len(self.left()) > (0 if keeper else len(points) // 3):
-            assert time.monotonic() < deadline, (
-                f"never reached {self.left()}, but {self.reached(task)}\n{self.log.read_text()[-2000:]}"
-            )
-            time.sleep(0.01)
-        (self.points / "armed").unlink()
-        if keeper:
-            starter.join(PATIENCE_S)
-            assert not starter.is_alive()
-
-    def left(self) -> list[str]:
-        """The points at which it was not killed yet."""
-        return list(json.loads((self.points / "armed").read_text())[1])
-
-    def _start_again(self) -> None:
-        for _ in self.left():
-            assert self._process is not None
-            self._process.wait(PATIENCE_S)
-            with open(self.log, "ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, self.program, "daemon"],
-                    env=self.environment,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-
-    def reached(self, task: str) -> list[str]:
-        """The operations that were begun so far, by their names, each once; those of other tasks are left out."""
-        lines = (self.points / "trace").read_text().splitlines()
-        return list(dict.fromkeys(operation_name(line, task) for line in lines))
-
-    def quiet(self) -> None:
-        """Wait until nothing is going on, and see that nothing is left of any task."""
-        self.wait_released()
-        deadline = time.monotonic() + PATIENCE_S
-        while self.unreleased():
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.01)
-        assert self.leavings() == []
-        expected = {"keeper": 1, "fork server": 1, "output mover": 1, "syncer": 1, "python": 1}
-        spare = Counter({"spare": 1})  # which the fork server makes when it has time
-        while (running := Counter(name_of(pid) for pid in self.processes())) - spare != expected:
-            assert time.monotonic() < deadline, running
-            time.sleep(0.02)
-        while (held := self.held()) != ["listener/gateway"]:
-            assert time.monotonic() < deadline, held
-            time.sleep(0.02)
-
-    def unreleased(self) -> list[str]:
-        with closing(sqlite3.connect(f"file:{self.state / 'aerie.db'}?mode=ro", uri=True)) as database:
-            return [task for (task,) in database.execute("SELECT task FROM tasks WHERE released = 0")]
-
-    def held(self) -> list[str]:
-        """What the keeper holds."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.connect(os.fspath(self.run_dir / "keeper.sock"))
-            channel = Channel(connection, FROM_KEEPER)
-            channel.send(AskState(), (), PATIENCE_S)
-            answer, _ = channel.receive(PATIENCE_S)
-        assert isinstance(answer, State)
-        return answer.names
-
 
 HELD = "attempt/TASK conmon/TASK container/TASK stderr/TASK stdout/TASK"
 
@@ -153,6 +40,7 @@ FAILPOINTS: dict[str, tuple[str, ...]] = {
         "mkdir STATE/tasks/TASK/workspace/upper.new",
         "chown STATE/tasks/TASK/workspace/upper.new",
         "chmod STATE/tasks/TASK/workspace/upper.new",
+        "utime STATE/tasks/TASK/workspace/upper.new",
         "rename STATE/tasks/TASK/workspace/upper",
         "mount RUN/tasks/TASK/workspace",
         "after mount RUN/tasks/TASK/workspace",
@@ -301,6 +189,123 @@ FAILPOINTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# in an isolated process
+ISOLATED: dict[str, dict[str, tuple[str, ...]]] = {
+    "syncer": {
+        "workspace": (
+            "write STATE/tasks/TASK/workspace/.listing.new",
+            "torn write STATE/tasks/TASK/workspace/.listing.new",
+            "rename STATE/tasks/TASK/workspace/listing",
+            "write STATE/tasks/TASK/workspace/table.new",
+            "torn write STATE/tasks/TASK/workspace/table.new",
+            "rename STATE/tasks/TASK/workspace/table",
+            "write STATE/tasks/TASK/workspace/meta.erofs.new",
+            "torn write STATE/tasks/TASK/workspace/meta.erofs.new",
+            "rename STATE/tasks/TASK/workspace/meta.erofs",
+            "say Indexed",
+            "write STATE/tasks/TASK/workspace/synced",
+            "torn write STATE/tasks/TASK/workspace/synced",
+            "truncate STATE/tasks/TASK/workspace/synced",
+            "mkdir STATE/workspaces/TASK/.aerie-sync",
+            "chmod STATE/workspaces/TASK/.aerie-sync",
+            "chown STATE/workspaces/TASK/.aerie-sync",
+            "mkdir STATE/workspaces/TASK/.aerie-sync/TASK",
+            "chmod STATE/workspaces/TASK/.aerie-sync/TASK",
+            "chown STATE/workspaces/TASK/.aerie-sync/TASK",
+            "write STATE/workspaces/TASK/.aerie-sync/TASK/put",
+            "torn write STATE/workspaces/TASK/.aerie-sync/TASK/put",
+            "truncate STATE/workspaces/TASK/.aerie-sync/TASK/put",
+            "chown STATE/workspaces/TASK/.aerie-sync/TASK/put",
+            "chmod STATE/workspaces/TASK/.aerie-sync/TASK/put",
+            "utime STATE/workspaces/TASK/.aerie-sync/TASK/put",
+            "add intended STATE/tasks/TASK/workspace/synced",
+            "torn add intended STATE/tasks/TASK/workspace/synced",
+            "rename STATE/workspaces/TASK/ran",
+            "add settled STATE/tasks/TASK/workspace/synced",
+            "torn add settled STATE/tasks/TASK/workspace/synced",
+            "rmdir STATE/workspaces/TASK/.aerie-sync/TASK",
+            "rmdir STATE/workspaces/TASK/.aerie-sync",
+            "say Synced",
+        ),
+        "everything": (
+            "add intended STATE/tasks/TASK/workspace/synced",
+            "rename STATE/workspaces/TASK/renamed",
+            "add settled STATE/tasks/TASK/workspace/synced",
+            "torn add settled STATE/tasks/TASK/workspace/synced",
+            "mkdir STATE/workspaces/TASK/.aerie-sync/TASK/dir",
+            "chown STATE/workspaces/TASK/.aerie-sync/TASK/dir",
+            "chmod STATE/workspaces/TASK/.aerie-sync/TASK/dir",
+            "link STATE/workspaces/TASK/.aerie-sync/TASK/link",
+            "symlink STATE/workspaces/TASK/.aerie-sync/TASK/symlink",
+            "chown STATE/workspaces/TASK/.aerie-sync/TASK/symlink",
+            "remove STATE/workspaces/TASK/old",
+            "remove STATE/workspaces/TASK/gone",
+            "remove STATE/workspaces/TASK/emptied/file",
+            "rmdir STATE/workspaces/TASK/emptied",
+            "chmod STATE/workspaces/TASK/changed",
+            "utime STATE/workspaces/TASK/changed",
+            "rename STATE/workspaces/TASK/made",
+            "rename STATE/workspaces/TASK/new",
+            "rename STATE/workspaces/TASK/one",
+            "rename STATE/workspaces/TASK/symbolic",
+            "link STATE/workspaces/TASK/.aerie-sync/TASK/put",
+            "rename STATE/workspaces/TASK/contested.aerie-conflict-TASK",
+            "rename STATE/workspaces/TASK/made/file",
+            "rename STATE/workspaces/TASK/made/second",
+            "rename STATE/workspaces/TASK/ran",
+            "rmdir STATE/workspaces/TASK/.aerie-sync/TASK",
+            "say Synced",
+        ),
+        "small files": ("link STATE/images/cache/OBJECT",),
+        "while it runs": (
+            "link STATE/workspaces/TASK/.aerie-sync/TASK/was",
+            "rename STATE/workspaces/TASK/changed",
+            "add settled STATE/tasks/TASK/workspace/synced",
+            "remove STATE/workspaces/TASK/.aerie-sync/TASK/was",
+        ),
+        "not synced": ("say Synced",),
+        "started again": ("write RUN/syncer.lock", "torn write RUN/syncer.lock"),
+    },
+    "output mover": {
+        "plain": (
+            "write LOGS/TASK.log",
+            "torn write LOGS/TASK.log",
+            "truncate LOGS/TASK.log",
+            "add LOGS/TASK.log",
+            "torn add LOGS/TASK.log",
+            "say Moved",
+            "say Drained",
+        ),
+        "pumped": (
+            "write STATE/tasks/TASK/output/gaps.new",
+            "torn write STATE/tasks/TASK/output/gaps.new",
+            "rename STATE/tasks/TASK/output/gaps",
+            "write STATE/tasks/TASK/output/stdout.spill",
+            "torn write STATE/tasks/TASK/output/stdout.spill",
+            "add STATE/tasks/TASK/output/stdout.spill",
+            "write STATE/tasks/TASK/output/stderr.spill",
+            "torn write STATE/tasks/TASK/output/stderr.spill",
+            "add STATE/tasks/TASK/output/stderr.spill",
+            "say Pumped",
+            "say Moved",
+            "say Drained",
+        ),
+        "started again": ("write RUN/mover.lock", "torn write RUN/mover.lock"),
+    },
+    "image builder": {
+        "a new image": (
+            "link STATE/images/cache/OBJECT",
+            "write STATE/images/cache/synced",
+            "chmod STATE/images/cache/synced",
+            "utime STATE/images/cache/synced",
+            "write STATE/images/archives/.DIGEST.tmp",
+            "torn write STATE/images/archives/.DIGEST.tmp",
+            "rename STATE/images/archives/DIGEST.aerie",
+            "say Built",
+        ),
+    },
+}
+
 # with the keeper, which is started again by who started it
 KEEPER_TOO: dict[str, tuple[str, ...]] = {
     "workspace": (
@@ -330,6 +335,7 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
         "torn write STATE/reserve",
         "after commit DELETE leases",
         "torn write STATE/boot",
+        "utime STATE/images/cache/synced",
         "mkdir RUN/leases",
         "rename RUN/aerie.sock",
         "keep listener/gateway",
@@ -364,6 +370,24 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
         "rmtree RUN/tasks/TASK/monitor",
         "commit UPDATE tasks.released TASK",
     ),
+    "a workspace synced again": (
+        "syncer: add intended STATE/tasks/TASK/workspace/synced",
+        "syncer: add settled STATE/tasks/TASK/workspace/synced",
+        "syncer: link STATE/workspaces/TASK/.aerie-sync/TASK/link",
+        "syncer: remove STATE/workspaces/TASK/old",
+        "syncer: remove STATE/workspaces/TASK/.aerie-sync/TASK/put",
+        "syncer: rmdir STATE/workspaces/TASK/.aerie-sync/TASK/dir",
+        "syncer: rename STATE/workspaces/TASK/new",
+        "syncer: rename STATE/workspaces/TASK/ran",
+        "syncer: say Synced",
+    ),
+    "an image built again": (
+        "image builder: link STATE/images/cache/OBJECT",
+        "image builder: torn write STATE/images/archives/.DIGEST.tmp",
+        "image builder: remove STATE/images/archives/.DIGEST.tmp",
+        "image builder: rename STATE/images/archives/DIGEST.aerie",
+        "image builder: say Built",
+    ),
     "a drain": (
         "commit UPDATE tasks.stop_cause cancelled TASK",
         "commit UPDATE tasks.result TASK",
@@ -386,7 +410,7 @@ WITH_KEEPER_IN_A_ROW: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# a directory that every start makes if it is missing, a name on the way to another: a kill before one of them is as one before the next
+# a directory that every start, or job, makes if it is missing, a name on the way to another: a kill before is as one before the next
 AT_EVERY_START = (
     *(f"mkdir {place}" for place in ("STATE/tasks", "STATE/workspaces", "STATE/images", "STATE/images/archives")),
     *(f"mkdir STATE/images/{place}" for place in ("cache", "cache/PREFIX")),
@@ -396,9 +420,15 @@ AT_EVERY_START = (
     "write STATE/reserve",
     "write STATE/boot",
     "commit DELETE leases",
+    *(f"{who}: mkdir STATE/images/cache" for who in ("syncer", "image builder")),
+    *(f"{who}: write STATE/images/cache/synced" for who in ("syncer", "image builder")),
+    "image builder: mkdir STATE/images/archives",
+    "syncer: mkdir STATE/workspaces",
+    "syncer: mkdir STATE/workspaces/TASK",
 )
 
-# only when processes of a task outlive its first one for a moment, a container was half made, an image was not whole or has two names
+# only when processes of a task outlive its first one for a moment, a container was half made, an image was not whole or has two names;
+# when a sync was killed, a tag was asked for again, or a task lives on after it has read
 SOMETIMES = (
     "write GROUP/TASK.N/cgroup.kill",
     "start crun delete",
@@ -409,17 +439,29 @@ SOMETIMES = (
     "drop spool/image/DIGEST",
     "remove RUN/served/image/DIGEST.init",
     "remove RUN/served/image/DIGEST.lock",
+    "syncer: remove STATE/workspaces/TASK/.aerie-sync/TASK/link",
+    "syncer: remove STATE/workspaces/TASK/.aerie-sync/TASK/symlink",
+    "syncer: say Cached",
+    "image builder: say Resolved",
 )
+
+
+def killed_at() -> Iterator[tuple[str, str]]:
+    """Scenario and point of every single kill, but for those of the keeper."""
+    for scenario, points in FAILPOINTS.items():
+        yield from ((scenario, point) for point in points)
+    for who, table in ISOLATED.items():
+        for scenario, points in table.items():
+            yield from ((scenario, f"{who}: {point}") for point in points)
 
 
 def operations(names: Iterable[str]) -> set[str]:
     """The operations of points, without the words before them that only say when."""
-    return {re.sub("^(after|torn|halfway) ", "", name) for name in names}
+    return {re.sub("^((?:[a-z ]+: )?)(after|torn|halfway) ", r"\1", name) for name in names}
 
 
 def known() -> set[str]:
     """Every operation in the table."""
-    tables = (FAILPOINTS, KEEPER_TOO, IN_A_ROW, WITH_KEEPER_IN_A_ROW)
-    return operations([*AT_EVERY_START, *SOMETIMES]) | operations(
-        name for table in tables for names in table.values() for name in names
-    )
+    tables = (KEEPER_TOO, IN_A_ROW, WITH_KEEPER_IN_A_ROW)
+    others = (name for table in tables for names in table.values() for name in names)
+    return operations([*AT_EVERY_START, *SOMETIMES, *(point for _, point in killed_at()), *others])

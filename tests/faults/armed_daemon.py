@@ -1,0 +1,119 @@
+"""A real daemon whose processes can be killed at any of their durable operations (`armed`), for the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from supervisor.channel import Channel
+from supervisor.keeping import FROM_KEEPER, AskState, State
+from tests.actors.image.images import RunningRegistry
+from tests.faults.armed import operation_name
+from tests.node.daemon import PATIENCE_S, Daemon, name_of
+
+HIT_S = 60.0
+
+
+class ArmedDaemon(Daemon):
+    """Its root supervisor, syncer, output mover and image builders are armed."""
+
+    program = Path(__file__).with_name("armed.py")
+
+    def __init__(self, home: Path, image: str, registry: RunningRegistry) -> None:
+        self.points, self.logs_dir, self.registry = home / "failpoints", home / "logs", registry
+        self.points.mkdir()
+        settings = {
+            "AERIE_OUTPUT_FILE_DIR": str(self.logs_dir),
+            "AERIE_GATEWAY_PARALLEL": "1",
+            "AERIE_GATEWAY_RESULTS_MAX": "3",
+            "AERIE_DAEMON_DRAIN_TIMEOUT": "100ms",
+            "AERIE_MOUNT_SYNC_INTERVAL": "500ms",
+        }
+        super().__init__(home, image, FAILPOINTS=str(self.points), **settings)
+
+    @contextmanager
+    def killed_at(self, task: str, *points: str, keeper: bool = False) -> Iterator[None]:
+        """Within this the root supervisor is killed once at each of these points of `task`'s; at its end it was, at most of them.
+
+        (Of two operations that go on side by side, the second one may be over when the first one is armed again.)  With `keeper`
+        its keeper is killed too, and started again by who started it.
+        """
+        (self.points / "new").write_text(json.dumps([task, points, keeper]))
+        (self.points / "new").rename(self.points / "armed")
+        starter = threading.Thread(target=self._start_again, daemon=True)
+        if keeper:
+            starter.start()
+        yield
+        deadline = time.monotonic() + HIT_S
+        while len(self.left()) > (0 if keeper else len(points) // 3):
+            assert time.monotonic() < deadline, (
+                f"never reached {self.left()}, but {self.reached(task)}\n{self.log.read_text()[-2000:]}"
+            )
+            time.sleep(0.01)
+        (self.points / "armed").unlink()
+        if keeper:
+            starter.join(PATIENCE_S)
+            assert not starter.is_alive()
+
+    def left(self) -> list[str]:
+        """The points at which it was not killed yet."""
+        return list(json.loads((self.points / "armed").read_text())[1])
+
+    def _start_again(self) -> None:
+        for _ in self.left():
+            assert self._process is not None
+            self._process.wait(PATIENCE_S)
+            with open(self.log, "ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, self.program, "daemon"],
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+
+    def reached(self, task: str) -> list[str]:
+        """The operations that were begun so far, by their names, each once; those of other tasks are left out."""
+        lines = (self.points / "trace").read_text().splitlines()
+        return list(dict.fromkeys(operation_name(line, task) for line in lines))
+
+    def quiet(self) -> None:
+        """Wait until nothing is going on, and see that nothing is left of any task."""
+        self.wait_released()
+        deadline = time.monotonic() + PATIENCE_S
+        while self.unreleased():
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.01)
+        assert self.leavings() == []
+        expected = {"keeper": 1, "fork server": 1, "output mover": 1, "syncer": 1, "python": 1}
+        spare = Counter({"spare": 1})  # which the fork server makes when it has time
+        while (running := Counter(name_of(pid) for pid in self.processes())) - spare != expected:
+            assert time.monotonic() < deadline, running
+            time.sleep(0.02)
+        while (held := self.held()) != ["listener/gateway"]:
+            assert time.monotonic() < deadline, held
+            time.sleep(0.02)
+
+    def unreleased(self) -> list[str]:
+        with closing(sqlite3.connect(f"file:{self.state / 'aerie.db'}?mode=ro", uri=True)) as database:
+            return [task for (task,) in database.execute("SELECT task FROM tasks WHERE released = 0")]
+
+    def held(self) -> list[str]:
+        """What the keeper holds."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(os.fspath(self.run_dir / "keeper.sock"))
+            channel = Channel(connection, FROM_KEEPER)
+            channel.send(AskState(), (), PATIENCE_S)
+            answer, _ = channel.receive(PATIENCE_S)
+        assert isinstance(answer, State)
+        return answer.names
