@@ -46,7 +46,7 @@ from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, PROGRESS_S, SANDBOX
 from actors.settings import Settings, load_settings
 from supervisor.actor import Stop
 from supervisor.descriptors import Descriptors
-from supervisor.events import EventLog
+from supervisor.events import Event, EventLog
 from supervisor.isolation import Isolation
 from supervisor.keeper import EXIT_REFUSES
 from supervisor.lockfile import LockFile
@@ -85,14 +85,16 @@ def main(argv_of: Callable[..., list[str]]) -> int:
         watcher = Watcher()
         watcher.every_beat(lock.beat)
         watcher.start()
-        services = gather(settings, layout, argv_of("stand-in", str(settings.daemon.drain_timeout_s)), watcher)
+        layout.state.mkdir(mode=0o711, parents=True, exist_ok=True)
+        events = EventLog(layout.events).append
+        services = gather(settings, layout, argv_of("stand-in", str(settings.daemon.drain_timeout_s)), watcher, events)
     except SchemaTooNew as error:
         logger.error("{}", error)
         return EXIT_REFUSES
     forget_another_boot(services)
     clean_up(services)
     services.recovered.await_tasks(*begun_tasks(services))
-    system = System(EventLog(layout.events).append, end_for)
+    system = System(events, end_for)
     tree = root(system, services, ended=asked_to_end.set)
     tree.launch(next(system.generations), None)
     tree.begun.wait()
@@ -109,10 +111,11 @@ def main(argv_of: Callable[..., list[str]]) -> int:
     return 0
 
 
-def gather(settings: Settings, layout: Layout, stand_in_argv: list[str], watcher: Watcher) -> Services:
+def gather(
+    settings: Settings, layout: Layout, stand_in_argv: list[str], watcher: Watcher, events: Callable[[Event], None]
+) -> Services:
     """Everything that the actors share.  Raises SchemaTooNew, OSError."""
     for directory in (
-        layout.state,
         layout.state / "tasks",
         layout.workspaces,
         layout.run,
@@ -121,7 +124,7 @@ def gather(settings: Settings, layout: Layout, stand_in_argv: list[str], watcher
         layout.served,
     ):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    descriptors = Descriptors(layout.run / "keeper.sock", stand_in_argv, watcher)
+    descriptors = Descriptors(layout.run / "keeper.sock", stand_in_argv, watcher, events)
     descriptors.connect()
     reserve = Reserve(layout.reserve, RESERVE_BYTES)
     reserve.hold()

@@ -18,6 +18,8 @@ from pathlib import Path
 from loguru import logger
 
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
+from supervisor.events import Event
+from supervisor.exits import Cause, of_code
 from supervisor.frames import FrameError
 from supervisor.held import Held
 from supervisor.keeping import (
@@ -29,6 +31,8 @@ from supervisor.keeping import (
     Keep,
     Kept,
     KeptAll,
+    Noted,
+    Replaced,
     Stand,
     StandingOrder,
     State,
@@ -40,9 +44,11 @@ from supervisor.lockfile import sign_of
 from supervisor.orders import Orders, Standing
 from supervisor.pidfd import open_pidfd, signal_process
 from supervisor.pulse import Pulse
+from supervisor.rules import What
 from supervisor.sockets import connect_to
 from supervisor.watch import Watcher
 
+KEEPER = "keeper"  # as the event log names it
 PAUSES_S = (0.0, 0.1, 0.5, 2.0)  # between tries to find or start a keeper
 KEEPER_S = 10.0  # how long a keeper that takes the place of one that yielded, or a stand-in, is given to listen
 
@@ -54,13 +60,21 @@ class KeeperLost(Exception):
 class Descriptors:
     """The descriptors held, and the standing orders, by name.  Thread-safe.
 
-    `keeper_socket`: where the keeper listens.  `stand_in_argv`: the program that stands in for a dead one.
+    `keeper_socket`: where the keeper listens.  `stand_in_argv`: the program that stands in for a dead one.  `events`: is told which
+    processes the keeper has replaced.
     """
 
-    def __init__(self, keeper_socket: Path, stand_in_argv: Sequence[str], watcher: Watcher) -> None:
+    def __init__(
+        self,
+        keeper_socket: Path,
+        stand_in_argv: Sequence[str],
+        watcher: Watcher,
+        events: Callable[[Event], None] = lambda event: None,
+    ) -> None:
         self._path = keeper_socket
         self._stand_in_argv = stand_in_argv
         self._watcher = watcher
+        self._events = events
         self._lock = threading.Lock()
         self._held = Held()
         self._orders = Orders(ours_first=True)
@@ -195,7 +209,7 @@ class Descriptors:
     def _take_over(self, channel: Channel) -> tuple[list[str], list[str]]:
         """Take what the keeper holds, unless it is held here already → the names of all that it holds, and of its orders."""
         theirs, their_orders = [], []
-        channel.send(Hello())
+        channel.send(Hello(notes=True))
         while True:
             message, descriptors = channel.receive(KEEPER_S)
             match message:
@@ -231,6 +245,10 @@ class Descriptors:
                 self._yielded = True
             case Stand(name, order):
                 self._replaced(name, order, descriptors)
+            case Replaced(number):
+                self._events(event_of(message))
+                with self._lock:
+                    self._send(Noted(number))
 
     def _replaced(self, name: str, order: StandingOrder, descriptors: list[int]) -> None:
         """The keeper has a process under that order."""
@@ -285,10 +303,25 @@ class Descriptors:
         for start in range(0, len(names), 256):
             self._send(Drop(list(names[start : start + 256])))
 
-    def _send(self, message: Keep | Drop | Stand | Dismiss, descriptors: Sequence[int] = ()) -> None:
+    def _send(self, message: Keep | Drop | Stand | Dismiss | Noted, descriptors: Sequence[int] = ()) -> None:
         if self._keeper is None:
             return  # everything is sent to the next one
         try:
             self._keeper.send(message, descriptors)
         except (ChannelClosed, ChannelTimeout):
             pass  # the watcher sees it die, and the next one gets everything
+
+
+def event_of(replaced: Replaced) -> Event:
+    """What the keeper has replaced, for the event log."""
+    exit = of_code(replaced.code)
+    how = f"hung, {exit}" if replaced.hung else str(exit)
+    return Event(
+        replaced.at_s,
+        KEEPER,
+        replaced.process,
+        replaced.number,
+        What.STARTED.value,
+        (Cause.HUNG if replaced.hung else exit.cause).value,
+        f"pid {replaced.pid} in place of {replaced.before}: {how}",
+    )

@@ -1,5 +1,7 @@
 """The event log: what has happened to the children of all supervisors, on disk, bounded, and readable while it is written.
 
+What a keeper has started in place of something else is in it too, as soon as there is a root supervisor that can write it down.
+
 One JSON object a line (`Event`), in PATH and, older ones, in PATH.1; each has at most half of the bound.  A record is one write(2)
 with O_APPEND: it is whole, or the last one before the power failed, and then it is left out.  It is not synced; what must be
 durable is the state store's.
@@ -21,6 +23,7 @@ SIZE_BYTES_MAX = 2 << 20
 class Event(msgspec.Struct, frozen=True):
     """`what` is one of `rules.What`'s, `cause` one of `exits.Cause`'s.  `at_s`: seconds since 1970.
 
+    `generation`: of an actor or its process; of a keeper's child, how many it had replaced then.
     `pause_s`: the child is started again after so long; None: it is not.
     """
 

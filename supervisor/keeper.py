@@ -42,7 +42,9 @@ from supervisor.keeping import (
     Keep,
     Kept,
     KeptAll,
+    Noted,
     Refused,
+    Replaced,
     Stand,
     State,
     Welcome,
@@ -54,6 +56,7 @@ from supervisor.lockfile import LockFile
 from supervisor.parts import Part, how
 from supervisor.pidfd import set_child_subreaper
 from supervisor.pulse import BEAT_S, LOOK_S
+from supervisor.replacements import Gone, Replacements
 from supervisor.replacing import Replacing
 from supervisor.sockets import listen_at
 from supervisor.succession import AlreadyRunning, succeed
@@ -103,8 +106,18 @@ class Keeper:
         self._fork_server = Part("fork server", plan.directory / "forkserver.lock", plan.fork_server_argv)
         self._root = Part("root supervisor", plan.directory / "root.lock", plan.root_argv)
         self._parts = (self._fork_server, self._root)
+        self._gone: dict[Part, Gone] = {}  # how each has ended, the last time
+        self._hung: set[Part] = set()  # and is being ended for that
+        self._replacements = Replacements(self._tell_of)
         self._replacing = Replacing(
-            self._selector, self._held, plan.fork_server_socket, self._tell_root, self._kill_fork_server, self._hear_root, say
+            self._selector,
+            self._held,
+            plan.fork_server_socket,
+            self._tell_root,
+            self._replacements,
+            self._kill_fork_server,
+            self._hear_root,
+            say,
         )
         self._look_s = self._beat_s = 0.0
         self._told_to_drain = False
@@ -112,6 +125,7 @@ class Keeper:
         self._drain_deadline = 0.0
         self._exit_code: int | None = None
         self._greeted: Channel | None = None  # where the root supervisor is
+        self._notes = False  # and wants to know what was replaced
 
     def take(self, kept: Kept | Stand, descriptors: list[int]) -> None:
         """Hold what another keeper held."""
@@ -150,6 +164,8 @@ class Keeper:
                 say(f"{part.name} cannot be started, it is tried again: {error}")
                 continue
             self._selector.register(part.pidfd, selectors.EVENT_READ, lambda part=part: self._part_ended(part))
+            if (gone := self._gone.pop(part, None)) is not None:
+                self._replacements.add(part.name, part.pid, gone)
             if found and self._renew:  # the place was taken over: what was found runs the old version of the program
                 part.signal(signal.SIGKILL)
         self._renew = False
@@ -167,6 +183,7 @@ class Keeper:
             self._look_s = now + LOOK_S
             for part in self._parts:
                 if part.look(now):
+                    self._hung.add(part)
                     say(f"{part.name} (pid {part.pid}) hangs; it is ended")
 
     def _pause_s(self) -> float:
@@ -182,6 +199,8 @@ class Keeper:
     def _part_ended(self, part: Part) -> None:
         self._selector.unregister(part.pidfd)
         pid, code = part.pid, part.ended()
+        self._gone[part] = Gone(pid, code, part in self._hung)
+        self._hung.discard(part)
         if part is self._root and self._draining and code == 0:
             self._finish(0)
         elif part is self._root and code == EXIT_REFUSES:
@@ -267,10 +286,13 @@ class Keeper:
                 self._replacing.stand(message, descriptors)
             case Dismiss(names):
                 self._replacing.dismiss(names)
-            case Hello():
+            case Noted(number):
+                self._replacements.noted(number)
+            case Hello(notes):
                 channel.send(Welcome(os.getpid(), self._stand_in, self._draining))
                 self._hand_over(channel)
-                self._greeted = channel
+                self._greeted, self._notes = channel, notes
+                self._replacements.tell_again()
                 if self._draining:
                     # Only now can it begin: what it took to start, on a machine with much to do, is not its drain's.
                     self._drain_deadline = time.monotonic() + self._plan.drain_timeout_s
@@ -301,6 +323,10 @@ class Keeper:
         if self._greeted is not None:
             with contextlib.suppress(ChannelClosed, ChannelTimeout):
                 self._greeted.send(message, descriptors, timeout_s=0)
+
+    def _tell_of(self, replaced: Replaced) -> None:
+        if self._notes:
+            self._tell_root(replaced)
 
     def _hear_root(self) -> None:
         """Do all that the root supervisor has said."""

@@ -6,6 +6,9 @@ what lies in a socket's queue when its sender dies.  Another keeper says `Yield`
 
 A *standing order* is a process that is to be replaced, by whoever is there to do it, as soon as it has ended: `Stand` says so,
 to the keeper when the root supervisor has started one, to the root supervisor when the keeper has (or when it says `Hello`).
+
+Of every process that it has started in place of another one, the keeper says `Replaced`, again after each `Hello`, until the root
+supervisor has `Noted` it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ def lock_beside(keeper_socket: Path) -> Path:
 
 
 class Hello(Message, frozen=True):
-    """From a root supervisor → `Welcome`, `Kept`…, `KeptAll`."""
+    """From a root supervisor → `Welcome`, `Kept`…, `KeptAll`.  `notes`: it understands `Replaced`, as an older version does not."""
+
+    notes: bool = False
 
 
 class Welcome(Message, frozen=True):
@@ -82,6 +87,28 @@ class KeptAll(Message, frozen=True):
     """No more descriptors follow."""
 
 
+class Replaced(Message, frozen=True):
+    """A process has been started in place of another one, the `number`th by this keeper, at `at_s` (seconds since 1970).
+
+    `before`: the pid of the one before.  `code`: how that ended, as `subprocess` has it; None when nobody can know.  `hung`: it was
+    ended because it hung.
+    """
+
+    number: int
+    process: str
+    pid: int
+    before: int
+    code: int | None
+    hung: bool
+    at_s: float
+
+
+class Noted(Message, frozen=True):
+    """What was `Replaced` up to this number is written down."""
+
+    number: int
+
+
 class Yielded(Message, frozen=True):
     """To the root supervisor: this keeper ends, for another one takes its place and will listen in a moment."""
 
@@ -115,5 +142,5 @@ class Refused(Message, frozen=True):
     pid: int
 
 
-TO_KEEPER = Codec(Hello, Keep, Drop, Stand, Dismiss, AskState, Yield, size_bytes_max=160 << 10)
-FROM_KEEPER = Codec(Welcome, Kept, Stand, KeptAll, State, Refused, Yielded, size_bytes_max=160 << 10)
+TO_KEEPER = Codec(Hello, Keep, Drop, Stand, Dismiss, Noted, AskState, Yield, size_bytes_max=160 << 10)
+FROM_KEEPER = Codec(Welcome, Kept, Stand, KeptAll, Replaced, State, Refused, Yielded, size_bytes_max=160 << 10)

@@ -28,6 +28,7 @@ from supervisor.orders import Orders, Standing
 from supervisor.parts import how
 from supervisor.pidfd import pid_of, same_process, signal_process, wait_status
 from supervisor.pulse import LOOK_S, Pulse
+from supervisor.replacements import Gone, Replacements
 
 PAUSES_S = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # before the n-th process in a row that has not beaten once
 ANSWER_S = 2.0  # a fork server that has not answered by then hangs
@@ -61,6 +62,8 @@ class _Post:
         self.due_s: float | None = None  # when to ask for the next one, once it has ended
         self.asked: _Asked | None = None
         self.unserved = False  # there was no fork server to ask
+        self.hung = False  # and was ended for that
+        self.gone: Gone | None = None  # how it has ended
         silence_s = standing.order.silence_s
         self.pulse = Pulse(self.pid, now_s, silence_s, begin_s=silence_s)  # who reads waits for its first beat as for any other
 
@@ -68,6 +71,7 @@ class _Post:
         """Has its event loop turned?  If not for too long, it is told to say where it is, and then killed."""
         number = self.pulse.look(sign_of(Path(self.standing.order.lock)), now_s)
         if number is not None:
+            self.hung = True
             signal_process(self.standing.pidfd, number)
 
 
@@ -75,7 +79,7 @@ class Replacing:
     """The standing orders that a keeper knows.
 
     `held`: where the descriptors are that go along.  `tell`: tells the root supervisor, if there is one; `hear`: does what that has said
-    already.  `fork_server_hangs`: called when it does.  `say`: writes to the daemon's log.
+    already.  `replacements`: is told of each.  `fork_server_hangs`: called when it does.  `say`: writes to the daemon's log.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Replacing:
         held: Held,
         fork_server: Path,
         tell: Callable[[Stand, list[int]], None],
+        replacements: Replacements,
         fork_server_hangs: Callable[[], None],
         hear: Callable[[], None],
         say: Callable[[str], None],
@@ -92,6 +97,7 @@ class Replacing:
         self._held = held
         self._path = fork_server
         self._tell = tell
+        self._replacements = replacements
         self._fork_server_hangs = fork_server_hangs
         self._hear = hear
         self._say = say
@@ -187,6 +193,7 @@ class Replacing:
         self._selector.unregister(post.standing.pidfd)
         pid, status = post.pid, wait_status(post.standing.pidfd)
         code = None if status is None else os.waitstatus_to_exitcode(status)
+        post.gone = Gone(pid, code, post.hung)
         if code == 0:
             # It is done; should that be wrong, the root supervisor knows.
             post.due_s = math.inf
@@ -251,9 +258,12 @@ class Replacing:
                 asked.server.close()
                 post.asked = None
                 post.replaced += 1
+                gone = post.gone
                 standing = Standing(post.standing.order, came[0], asked.end.detach())
                 self._put(post.name, standing)
                 self._tell(Stand(post.name, standing.order), [standing.pidfd, standing.channel])
+                assert gone is not None
+                self._replacements.add(standing.order.process, answer.pid, gone)
             case _:
                 for descriptor in came:
                     os.close(descriptor)

@@ -7,7 +7,8 @@ started the daemon starts it again.  A hang (SIGSTOP) of any.  A full disk.  A r
 anything, or dies.  Not in the model: a power cut's effect on what was never acknowledged, the death of every holder of a task's
 descriptors at the same instant as its conmon, a kernel that breaks its word.
 
-What strikes at random is `storm`; what strikes between any two durable operations of a root supervisor, one after the other, `failpoints`.
+What strikes at random is `storm`; what strikes between any two durable operations of a root supervisor, syncer,
+output mover or image builder, one after the other, `failpoints`.
 
 **Invariants**, whatever happens:
 

@@ -5,6 +5,7 @@ Keeper and root supervisor can each do it alone; the fork server may be dead or 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -128,6 +129,9 @@ def test_one_that_hangs_is_replaced_and_says_so(task: Task) -> None:
     os.kill(task.pid("workspace mount"), signal.SIGSTOP)
     assert SILENCE_S < task.read() < SILENCE_S + SLOW_S
     replaced_again(task)
+    deadline = time.monotonic() + SLOW_S
+    while (causes := replacements(task)) != ["hung", "killed"]:
+        assert time.monotonic() < deadline, causes
 
 
 def test_it_is_found_when_keeper_and_root_supervisor_are_killed_with_the_fork_server(task: Task) -> None:
@@ -141,6 +145,13 @@ def test_it_is_found_when_keeper_and_root_supervisor_are_killed_with_the_fork_se
     task.read()
     assert ends(served, 10)
     replaced_again(task)
+
+
+def replacements(task: Task) -> list[str]:
+    """Why the keeper has replaced who serves the task, as the event log says."""
+    events = json.loads(task.daemon.command("events", "--json").stdout)
+    served = ("keeper", f"workspace mount {task.name}", "started")
+    return [event["cause"] for event in events if (event["supervisor"], event["child"], event["what"]) == served]
 
 
 def replaced_again(task: Task) -> None:

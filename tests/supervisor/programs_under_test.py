@@ -94,6 +94,7 @@ def main(what: str, directory: Path) -> int:
 def root(directory: Path) -> int:
     from supervisor.channel import Channel, ChannelClosed
     from supervisor.descriptors import Descriptors
+    from supervisor.events import EventLog
     from supervisor.lockfile import LockFile
     from supervisor.sockets import listen_at
     from supervisor.watch import Watcher
@@ -117,7 +118,9 @@ def root(directory: Path) -> int:
     if (directory / "beats").exists():  # else it is never taken for hung, whatever a test does to it
         watcher.every_beat(lock.beat)
     watcher.start()
-    descriptors = Descriptors(directory / "keeper.sock", argv("stand-in", directory), watcher)
+    descriptors = Descriptors(
+        directory / "keeper.sock", argv("stand-in", directory), watcher, EventLog(directory / "events").append
+    )
     descriptors.connect()
     listener = listen_at(directory / "root.sock", socket.SOCK_SEQPACKET)
     while True:

@@ -150,7 +150,7 @@ class Played:
             self.channel.close()
         connection, _ = self._listener.accept()
         self.channel = Channel(connection, TO_KEEPER)
-        assert self.hear() == Hello()
+        assert self.hear() == Hello(notes=True)
         self.channel.send(Welcome(1, False, False))
         if holds:
             self.channel.send(Kept(list(holds)), list(holds.values()))
@@ -225,7 +225,7 @@ def test_a_keeper_that_dies_while_it_hands_over_is_no_keeper(played: Played, dae
     played.channel.close()
     connection, _ = played._listener.accept()  # it comes back at once, greets…
     half = Channel(connection, TO_KEEPER)
-    assert half.receive(10) == (Hello(), [])
+    assert half.receive(10) == (Hello(notes=True), [])
     half.send(Welcome(1, False, False))
     half.close()  # …and is left alone
     played.greet({})

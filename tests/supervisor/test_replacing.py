@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from supervisor.events import read_events
 from supervisor.keeping import Hello, Kept, KeptAll, Stand, StandingOrder, Welcome
 from supervisor.lockfile import sign_of
 from supervisor.pidfd import pid_of
@@ -45,6 +47,35 @@ def told(daemon: Daemon, pid: int, name: str = "a") -> Holds:
     while (held := daemon.ask()).standing.get(name) != pid:
         assert time.monotonic() < deadline, held
     return held
+
+
+def recorded(daemon: Daemon, count: int) -> list[tuple[str, str, str]]:
+    """What the event log says, as soon as it is so much → child, cause, text of each."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(events := list(read_events(daemon.directory / "events"))) < count:
+        assert time.monotonic() < deadline, events
+        time.sleep(0.01)
+    assert all((event.supervisor, event.what) == ("keeper", "started") for event in events)
+    return [(event.child, event.cause, event.text) for event in events]
+
+
+def test_what_was_replaced_is_in_the_event_log_once_whoever_was_away(daemon: Daemon) -> None:
+    daemon.start()
+    pids = [appoint(daemon)]
+    for times in (1, 2, 3):
+        if times == 2:
+            root = daemon.ask().pid
+            os.kill(root, signal.SIGSTOP)
+        kill(pids[-1])
+        pids.append(replaced(daemon, times))
+    kill(root)  # it was told, and has not written it down
+    successor = daemon.ask().pid
+    replacements = [("a", *pair) for pair in pairwise(pids)]
+    replacements.append(("root supervisor", root, successor))
+    killed = [(name, "killed", f"pid {new} in place of {old}: killed by signal 9") for name, old, new in replacements]
+    assert recorded(daemon, 4) == killed
+    kill(successor)
+    assert recorded(daemon, 5)[:4] == killed, "what is noted is not said again"
 
 
 def test_a_process_is_replaced_and_the_root_supervisor_told(daemon: Daemon) -> None:
@@ -96,6 +127,8 @@ def test_a_process_that_hangs_is_dumped_and_replaced_without_a_root_supervisor(d
     # A stopped process cannot say where it is; one that only hangs can, and this shows that the keeper waits for that.
     assert 0.3 + LOOK_AGAIN_S + DUMP_S <= took_s < 0.3 + LOOK_AGAIN_S + DUMP_S + 3 * LOOK_S + 2.0
     os.kill(root, signal.SIGCONT)
+    [(child, cause, text)] = recorded(daemon, 1)
+    assert (child, cause) == ("a", "hung") and text.endswith(f"in place of {pid}: hung, killed by signal 9")
 
 
 def test_a_process_that_never_beats_says_where_it_hangs(daemon: Daemon) -> None:
