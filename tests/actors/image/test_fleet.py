@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backports import zstd
 
+from actors.image import bucket as bucket_module
 from actors.image import fleet
 from actors.image.archive import VERSION, Archive, archive_path
 from actors.image.fleet import BucketAway, Lease, Next, SharedArchive, decide
@@ -126,7 +128,7 @@ def test_what_one_node_has_built_the_next_one_pulls(s3: RunningS3, bucket: Bucke
     assert built.complete
     assert built.layer_bytes > len(CONTENT)
     name = built.digest.replace(":", "-")
-    assert s3.keys(bucket) == [f"fleet/archives/v{VERSION}/{name}.aerie"]
+    assert s3.keys(bucket) == [f"fleet/archives/v{VERSION}/{name}.aerie.zst"]
     proxy.forget()
 
     second, order = make("second")
@@ -288,13 +290,14 @@ def test_a_damaged_archive_in_the_bucket_is_replaced(
     if damage == "another image's":
         registry.repository(f"{image.name}-other").push(tar(member("x", b"1")))
         other = Node(tmp_path / "other").built(f"{registry.address}/{image.name}-other")
-        bad = Path(other.archive).read_bytes()
+        bad = zstd.compress(Path(other.archive).read_bytes())
     elif damage == "other layers":
         layer = Archive.open(built.archive).info.layers[0].digest.encode()
-        bad = resealed(good.replace(layer, b"sha256:" + b"5" * 64))
+        bad = zstd.compress(resealed(zstd.decompress(good).replace(layer, b"sha256:" + b"5" * 64)))
     else:
+        middle = len(good) // 2
         bad = {
-            "bit": good[:5000] + bytes([good[5000] ^ 1]) + good[5001:],
+            "bit": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
             "cut": good[:-1],
             "empty": b"",
             "garbage": b"x" * 10_000,
@@ -315,14 +318,14 @@ def resealed(archive: bytes) -> bytes:
 
 
 def test_an_archive_of_many_parts(s3: RunningS3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fleet, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(bucket_module, "PART_BYTES", 5 << 20)
     path = tmp_path / "archive"
     path.write_bytes(random.Random(3).randbytes((12 << 20) + 7))
     shared = SharedArchive(bucket, "sha256:" + "2" * 64)
     assert shared.push(str(path))
     assert not shared.push(str(path))
     [key] = s3.keys(bucket)
-    assert s3.read(bucket, key) == path.read_bytes()
+    assert zstd.decompress(s3.read(bucket, key)) == path.read_bytes()
     assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket.name)
     with open(tmp_path / "back", "w+b") as file:
         assert shared._download(file)
@@ -333,9 +336,9 @@ def test_an_archive_of_many_parts(s3: RunningS3, bucket: Bucket, monkeypatch: py
 def test_an_upload_that_fails_leaves_nothing(
     s3: RunningS3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fleet, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(bucket_module, "PART_BYTES", 5 << 20)
     path = tmp_path / "archive"
-    path.write_bytes(bytes(12 << 20))
+    path.write_bytes(random.Random(4).randbytes(12 << 20))
     with Proxy(s3.address) as proxy:
         proxy.on("partNumber=2", status(400, b"<Error><Code>EntityTooSmall</Code></Error>"))
         shared = SharedArchive(Bucket(bucket.name, "fleet", f"http://{proxy.address}", "us-east-1"), "sha256:" + "3" * 64)
@@ -354,8 +357,8 @@ def test_prefixes_and_versions_do_not_mix() -> None:
         keys[prefix] = (shared._key, shared._lease_key)
         shared.close()
     name = digest.replace(":", "-")
-    assert keys[""] == keys["/"] == (f"archives/v{VERSION}/{name}.aerie", f"leases/v{VERSION}/{name}")
-    assert keys["a"][0] == f"a/archives/v{VERSION}/{name}.aerie"
+    assert keys[""] == keys["/"] == (f"archives/v{VERSION}/{name}.aerie.zst", f"leases/v{VERSION}/{name}")
+    assert keys["a"][0] == f"a/archives/v{VERSION}/{name}.aerie.zst"
     assert keys["a/b/"][1] == f"a/b/leases/v{VERSION}/{name}"
 
 
@@ -366,7 +369,7 @@ def test_prefixes_and_versions_do_not_mix() -> None:
 def test_a_bucket_that_is_away_costs_a_node_nothing_but_a_remark(
     trouble: str, s3: RunningS3, bucket: Bucket, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet, "CLIENT", fleet.CLIENT | {"connect_timeout": 0.5, "read_timeout": 0.5})
+    monkeypatch.setattr(bucket_module, "CLIENT", bucket_module.CLIENT | {"connect_timeout": 0.5, "read_timeout": 0.5})
     with Proxy(s3.address) as proxy:
         troubles = {"refused": status(403), "silent": silent(), "broken": hang_up, "busy": status(503)}
         if trouble in troubles:
@@ -395,7 +398,8 @@ def test_without_credentials_a_node_works_for_itself(make: Make, monkeypatch: py
 
 def test_a_bucket_that_goes_away_in_mid_pull_costs_a_build(s3: RunningS3, bucket: Bucket, make: Make) -> None:
     ended(make("first")[1])
-    for misbehaviour in (cut(5000), stall(5000, 1.0)):
+    half = len(s3.read(bucket, s3.keys(bucket)[0])) // 2
+    for misbehaviour in (cut(half), stall(half, 1.0)):
         with Proxy(s3.address) as proxy:
             pattern = "archives/"
             proxy.on(
