@@ -16,7 +16,13 @@ EXIT_SETTINGS = 78  # EX_CONFIG: the settings, or a missing part of the host, as
 DRAIN_MARGIN_S = 30.0  # over `daemon.drain_timeout`: stopping, syncing back and unmounting come after it
 
 # What the entries of isolated processes are in; the fork server loads them, and what they need, once for all.
-PRELOAD = ("actors.mount.serve", "actors.mount.process", "actors.image.process", "actors.output.process")
+PRELOAD = (
+    "actors.mount.serve",
+    "actors.mount.process",
+    "actors.image.process",
+    "actors.image.prefetch",
+    "actors.output.process",
+)
 PRELOAD_FOR_A_BUCKET = ("actors.image.fleet",)  # boto3: 0.1 to 0.2 s and 7 MB of each builder, for 8 MB once that all share
 
 

@@ -18,6 +18,7 @@ from actors.image.catalogue import Asked, Catalogue, Image, name_of
 from actors.image.errors import ArchiveInvalid, ReferenceInvalid
 from actors.image.leases import Leases, held_still, login_of, task_of
 from actors.image.mounted import ImageMount, Mounted, NotMounted, Removed, unmount_others
+from actors.image.prefetching import Prepared
 from actors.image.reference import Reference
 from actors.lazytree import mounts
 from actors.lazytree.wire import ReadFailed
@@ -177,10 +178,17 @@ class ImageActor(Actor):
         if image.mount is None:  # else it is on its way, or on its way out
             self._make_mount(image)
 
+    def _give_waiting(self, image: Image) -> None:
+        waiting, image.waiting = image.waiting, []
+        for asked in waiting:
+            self._give(image, asked)
+
     def _give(self, image: Image, asked: Asked) -> None:
         lease = asked.message.lease
         if lease not in image.leases:
             asked.reply.set_exception(Refusal("the lease was given back before it was there"))
+        elif image.mount is not None and not image.mount.prepare(asked.message.workload):
+            image.waiting.append(asked)
         elif asked.message.root:
             self._mounting_root.setdefault(lease, []).append(asked)
             if len(self._mounting_root[lease]) == 1:
@@ -266,10 +274,11 @@ class ImageActor(Actor):
         match image.mount.take(message):
             case Mounted(complete):
                 self._catalogue.note_complete(image, complete)
-                waiting, image.waiting = image.waiting, []
-                for asked in waiting:
-                    self._give(image, asked)
+                self._give_waiting(image)
                 self._watch_idle(image)
+            case Prepared():
+                if image.is_mounted:
+                    self._give_waiting(image)
             case NotMounted(error):
                 image.mount = None
                 self._not_mounted(image, error)

@@ -185,9 +185,10 @@ def receive_archive(directory: str, digest: str, fill: Callable[[BinaryIO], bool
 def save_beside(path: str, pieces: Iterable[bytes]) -> int:
     """Write a file that belongs to an archive, "DIRECTORY/sha256-….something", whole and durable or not at all → its size in bytes.
 
-    Raises OSError.  What a writer that was killed has left is removed with what is left of archives.
+    Raises OSError.  What earlier writers that were killed have left is removed.
     """
     directory, name = os.path.split(path)
+    _remove_abandoned(directory)
     temporary, file = _create(directory, name.partition(".")[0])
     with file:
         try:

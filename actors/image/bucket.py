@@ -7,7 +7,7 @@ Credentials are found by boto3's own chain.  Thread-safe.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -17,6 +17,7 @@ import botocore.config
 import botocore.exceptions
 import botocore.session
 
+from actors.image.archive import VERSION
 from actors.image.wire import Bucket
 
 PART_BYTES = 16 << 20  # of a multipart upload (S3 wants at least 5 MiB)
@@ -36,6 +37,11 @@ _MISSING = {"NoSuchKey", "NotFound", "404"}
 
 class BucketAway(Exception):
     """The bucket cannot be used: the text says which, and why."""
+
+
+def pack_key(prefix: str, digest: str, workload: str) -> str:
+    """Where the pack of a workload of the image `digest` lies: beside its archive, whose table it is understood by."""
+    return f"{prefix}packs/v{VERSION}/{digest.replace(':', '-')}.{workload}.pack"
 
 
 def _loaded() -> Any:
@@ -88,12 +94,12 @@ class BucketClient:
         found = self.ask(self.s3.head_object, Key=key)
         return str(found["ETag"]) if found is not None else None
 
-    def open(self, key: str) -> tuple[str, Iterator[bytes]] | None:
+    def open(self, key: str) -> tuple[str, Generator[bytes, None, None]] | None:
         """The state of the object and its bytes, in pieces as they come; None when there is none."""
         found = self.ask(self.s3.get_object, Key=key)
         return None if found is None else (str(found["ETag"]), self._pieces(found["Body"]))
 
-    def _pieces(self, body: Any) -> Iterator[bytes]:
+    def _pieces(self, body: Any) -> Generator[bytes, None, None]:
         try:
             yield from body.iter_chunks(PIECE_BYTES)
         except botocore.exceptions.BotoCoreError as error:

@@ -52,6 +52,14 @@ def stored_bytes(row: Row, content: LayerContent) -> int:
     return row.size_bytes if content.extents is None else sum(length for _, length in content.extents)
 
 
+def chunk_of(row: Row, content: LayerContent, number: int) -> tuple[int, bytes]:
+    """Size and digest of a chunk of what is stored of an object.  Raises IndexError when it has none of that number."""
+    size = min(CHUNK_BYTES, stored_bytes(row, content) - number * CHUNK_BYTES)
+    if number < 0 or size <= 0:
+        raise IndexError(f"chunk {number} of object {row.key}")
+    return size, content.chunks[32 * number : 32 * number + 32] or bytes.fromhex(row.key)
+
+
 class Contents:
     """The objects of one image, in OBJECTS before or not: each one's row, and the holes of sparse ones, by key."""
 

@@ -20,12 +20,13 @@ from typing import Any
 
 from loguru import logger
 
-from actors.image import spool, trace, wire
+from actors.image import pack, spool, trace, wire
 from actors.image.archive import Archive, archive_path
 from actors.image.credentials import docker_login
 from actors.image.errors import ArchiveInvalid
 from actors.image.login import Access, Login
 from actors.image.mirrors import mirrors_of
+from actors.image.prefetching import Prefetching, Prepared
 from actors.image.reference import Reference
 from actors.image.tracing import Recorded, Tracing
 from actors.lazytree import mounts
@@ -115,6 +116,8 @@ class ImageMount:
         self._workload = workload  # for whose tasks it is made
         self._prefetches = services.settings.image.prefetch != "off"
         self._tracing: Tracing | None = None
+        self._prefetching: Prefetching | None = None
+        self._packs: set[str] = set()
         self._archive_path = archive_path(self._settings.archive_dir, digest)
         name = digest.replace(":", "-")
         self._meta = Path(self._settings.mount_dir) / name
@@ -143,6 +146,10 @@ class ImageMount:
         """The layers with the content, for the same."""
         return [self._settings.cache_dir, *([str(self._lazy_target)] if self._lazy.minor else [])]
 
+    def prepare(self, workload: str) -> bool:
+        """See to what is fetched ahead for a workload → whether its tasks may begin; if not, `Prepared` follows."""
+        return self._prefetching is None or self._complete or not workload or self._prefetching.prepare(workload)
+
     def data_for(self, lease: str, workload: str) -> list[str]:
         """The layers with the content for a new task, which is recorded if its workload has no trace yet."""
         if self._tracing is None or not self._lazy.minor or not self._tracing.wants(workload):
@@ -170,8 +177,9 @@ class ImageMount:
                 self.archive = Archive.open(self._archive_path)
                 if self._lazy.minor:
                     self._keep_spool()
-                if self._prefetches:
-                    self._look_for_traces()
+                if self._prefetches and self._lazy.minor:
+                    self._look_for_packs()
+                    self._begin_prefetching()
                 self.state, self._ready = State.THERE, True
                 return True
         except (OSError, ArchiveInvalid) as error:
@@ -193,12 +201,14 @@ class ImageMount:
     def let_go(self) -> None:
         """The actor ends, and another incarnation adopts what there is."""
         self._lazy.let_go()
+        if self._prefetching is not None:
+            self._prefetching.let_go()
 
     # --- what comes back ---
 
-    def take(self, message: Any) -> Mounted | NotMounted | Removed | ReadFailed | None:
+    def take(self, message: Any) -> Mounted | NotMounted | Removed | ReadFailed | Prepared | None:
         """What a message that arrived at the actor means for this mount."""
-        event: Mounted | NotMounted | Removed | ReadFailed | None = None
+        event: Mounted | NotMounted | Removed | ReadFailed | Prepared | None = None
         match message:
             case Worked((owner, step), value) if owner is self:
                 self._doing = ""
@@ -210,6 +220,9 @@ class ImageMount:
                 self._lazy.send(wire.LoginFound(registry, login))
             case WorkFailed(_Login(owner, registry), error) if owner is self:
                 self._lazy.send(wire.LoginFound(registry, None, str(error)))
+            case Worked(_Save(owner, workload), _) if owner is self:
+                if self._prefetching is not None:
+                    self._prefetching.make(workload)
             case WorkFailed(_Save(owner, _), error) if owner is self:
                 logger.warning("{}: a trace could not be kept: {}", self._reference, error)
             case _NotReady(owner):
@@ -217,7 +230,7 @@ class ImageMount:
                     time_s = self._services.settings.mount.ready_timeout_s
                     self._fail(TimeoutError(f"{self._reference} was not mounted within {time_s:g} s"))
             case _:
-                event = self._from_server(message)
+                event = self._from_server(message) or self._from_prefetcher(message)
         self._go_on()
         return event
 
@@ -234,6 +247,18 @@ class ImageMount:
                     self._keep_trace(recorded)
             case ReadFailed() as failed:
                 return failed
+        return None
+
+    def _from_prefetcher(self, message: Any) -> Prepared | None:
+        if self._prefetching is None:
+            return None
+        match self._prefetching.take(message):
+            case wire.Completed(rows):
+                self._completed.update(rows)
+            case Prepared(workload, found) as prepared:
+                if found and self._tracing is not None:
+                    self._tracing.known.add(workload)
+                return prepared
         return None
 
     def _find_login(self, registry: str) -> None:
@@ -273,6 +298,9 @@ class ImageMount:
                 self.archive, self._complete, minor = value
                 if minor:
                     self._lazy.start(minor)
+                    self._begin_prefetching()
+                    if not self._complete:
+                        self.prepare(self._workload)
                 else:
                     self._ready = True
             case "mount" if self._failure is None:
@@ -309,6 +337,8 @@ class ImageMount:
 
     def _end(self) -> None:
         self.state = State.GONE
+        if self._prefetching is not None:
+            self._prefetching.let_go()
         self._lazy.release()
         self._services.descriptors.drop(self._spool)
 
@@ -325,14 +355,20 @@ class ImageMount:
         # Of an image that was complete a sample is looked for: somebody may have emptied the cache.
         complete = self._is_complete(archive, SAMPLE if self._complete else None)
         if self._prefetches:
-            self._look_for_traces()
+            self._look_for_packs()
         if complete and (self._tracing is None or not self._tracing.wants(self._workload)):
             return archive, True, 0
         self._keep_spool()
         return archive, complete, self._lazy.open()
 
-    def _look_for_traces(self) -> None:
-        self._tracing = Tracing(trace.workloads(self._settings.archive_dir, self._digest))
+    def _look_for_packs(self) -> None:
+        self._packs = pack.workloads(self._settings.archive_dir, self._digest)
+        self._tracing = Tracing(set(self._packs))
+
+    def _begin_prefetching(self) -> None:
+        if self._prefetches:
+            arguments = (self._actor, self._services, self._reference, self._archive_path, self._spool, self._packs)
+            self._prefetching = Prefetching(*arguments)
 
     def _keep_spool(self) -> None:
         if self._services.descriptors.get(self._spool) is None:

@@ -14,6 +14,7 @@ import trio
 
 from actors.image import spool
 from actors.image.archive import Archive
+from actors.image.coming import Coming
 from actors.image.credentials import HELPER_TIMEOUT_S, FindLogin, HelperFailed, docker_login
 from actors.image.login import Login
 from actors.image.mirrors import host_of
@@ -63,17 +64,19 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     access = order.access
     logins = Logins([reference.registry, *map(host_of, access.mirrors)], {reference.registry: access.login})
     handover = Handover()
+    kept = spool.Spool(spool_descriptor, spans)
     source = RegistrySource(
         table,
         spans,
         order.reference,
         [layer.digest for layer in archive.info.layers],
-        spool.Spool(spool_descriptor, spans),
+        kept,
         os.open(order.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC),
         lambda: Registry(reference, mirrors=access.mirrors, find_login=logins.finder()),
         order.read_timeout_s,
         order.spool_bytes_max,
         handover.add,
+        Coming(spool_descriptor, kept.end) if order.traces else None,
     )
     drop_privileges(order.uid, order.gid)
     channel = Channel(end, Codec(Taken, LoginFound, BeginTrace, EndTrace))

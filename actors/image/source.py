@@ -30,7 +30,8 @@ from typing import Any, NamedTuple, TypeVar
 import trio
 
 from actors.image.checkpoints import Span, Spans
-from actors.image.content import CHUNK_BYTES, LayerContent, decode_content, stored_bytes
+from actors.image.coming import Coming
+from actors.image.content import CHUNK_BYTES, LayerContent, chunk_of, decode_content, stored_bytes
 from actors.image.errors import ContentCorrupt, ImageError
 from actors.image.registry import Registry
 from actors.image.spool import Spool
@@ -79,7 +80,8 @@ class RegistrySource:
     """Content of the objects in `table`, which lie in `spans` of the layers with these digests of the image `reference`.
 
     `objects`: OBJECTS' descriptor.  `connect` makes a client for the image's repository; up to FETCHES_MAX of them are used at once.
-    `timeout_s` is for one range.  `completed` is told, in trio's thread, of objects that are whole in the spool.  `run` it.
+    `timeout_s` is for one range.  `completed` is told, in trio's thread, of objects that are whole in the spool.  `coming`: what
+    somebody else is about to bring.  `run` it.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class RegistrySource:
         timeout_s: float,
         spool_bytes_max: int,
         completed: Callable[[list[int]], None],
+        coming: Coming | None = None,
     ) -> None:
         self._table = table
         self._spans = spans
@@ -105,6 +108,7 @@ class RegistrySource:
         self._timeout_s = timeout_s
         self._spool_bytes_max = spool_bytes_max
         self._completed = completed
+        self._coming = coming
         self._loads = trio.CapacityLimiter(LOADS_MAX)
         self._fetches = trio.CapacityLimiter(FETCHES_MAX)
         self._flights: dict[tuple[int, int], _Flight] = {}
@@ -137,6 +141,8 @@ class RegistrySource:
     def _fetching(self) -> Iterator[None]:
         if not self._in_the_air:
             self._began_s = trio.current_time()
+            if self._coming is not None:
+                self._coming.urge(True)
         self._in_the_air += 1
         try:
             yield
@@ -144,6 +150,8 @@ class RegistrySource:
             self._in_the_air -= 1
             if not self._in_the_air:
                 self._fetching_s += trio.current_time() - self._began_s
+                if self._coming is not None:
+                    self._coming.urge(False)
 
     async def run(self) -> None:
         """Fetch what is wanted, for as long as this is not cancelled."""
@@ -162,6 +170,11 @@ class RegistrySource:
         if isinstance(found, bytes):
             return found
         async with self._waiting:
+            while self._coming is not None and await self._coming.arrival(index, found.chunk):
+                looked = self._landings
+                found = await self._in_thread(self._loads, self._load, row, content, offset, size)
+                if isinstance(found, bytes):
+                    return found
             with ExitStack() as pins:
                 for _ in range(ROUNDS_MAX):
                     pins.enter_context(self._pinned(content.layer, found.spans))
@@ -238,9 +251,8 @@ class RegistrySource:
 
     def _chunk(self, row: Row, content: LayerContent, chunk: int) -> bytes | None:
         """A chunk that is in the spool, whole and right."""
-        first = chunk * CHUNK_BYTES
-        data = self._spool.read(self._spool.place(content) + first, min(CHUNK_BYTES, stored_bytes(row, content) - first))
-        expected = content.chunks[32 * chunk : 32 * chunk + 32] or bytes.fromhex(row.key)
+        size, expected = chunk_of(row, content, chunk)
+        data = self._spool.read(self._spool.place(content) + chunk * CHUNK_BYTES, size)
         return data if data is not None and hashlib.sha256(data).digest() == expected else None
 
     def _missing(self, row: Row, content: LayerContent, chunk: int, last_chunk: int) -> _Missing:

@@ -40,10 +40,13 @@ class Spool:
     """A spool, by its descriptor, which stays the caller's.  Thread-safe."""
 
     def __init__(self, descriptor: int, spans: Spans) -> None:
-        self._descriptor = descriptor
+        self.descriptor = self._descriptor = descriptor
         # Of each layer, in the whole of the image's layers.
         self._starts = list(accumulate((layer.size_bytes for layer in spans.layers[:-1]), initial=0))
         self._spans = spans
+        # Behind it is what is announced (`coming`).
+        self.end = _SCALE * sum(layer.size_bytes for layer in spans.layers) + PAGE_BYTES
+        self.end -= self.end % PAGE_BYTES
 
     def place(self, content: LayerContent) -> int:
         """Where the content of an object begins in the spool."""
@@ -96,6 +99,8 @@ class Spool:
             except OSError:
                 return  # no more
             place -= place % PAGE_BYTES
+            if place >= self.end:
+                return
             layer = bisect_right(self._starts, place // _SCALE) - 1
             offset = place // _SCALE - self._starts[layer]
             for index, row, content in self._spans.objects(layer, offset, offset + 1):

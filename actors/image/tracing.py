@@ -1,7 +1,7 @@
 """The traces of one mounted image, as its mount's owner sees them: which there are, which are being recorded, and which came in.  No I/O.
 
-A workload has one trace.  The first task of a workload without one is recorded: it is given LAZY alone for its content, or what is in
-OBJECTS would be missing in its trace.
+A task of a workload of which nothing is known, or whose trace never became a pack, is recorded: it is given LAZY alone for its content, or
+what is in OBJECTS would be missing in its trace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Recording:
 
 
 class Tracing:
-    """`known`: the workloads that have a trace."""
+    """`known`: the workloads that have a pack, or whose trace has come."""
 
     def __init__(self, known: set[str]) -> None:
         self.known = known

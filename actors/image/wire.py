@@ -135,6 +135,61 @@ class Completed(Message, frozen=True):
     rows: list[int]
 
 
+class MakePack(Message, frozen=True):
+    """The arguments of a prefetcher: make the pack of a workload from its trace, both beside the archive at `archive`.
+
+    Contents are taken from OBJECTS, the directory `objects`, and from the image's spool, which comes with this, if it does; what is in
+    neither is left out.  `bucket`: where the fleet shares it.  Says `PackMade`.
+    """
+
+    archive: str
+    objects: str
+    workload: str
+    bucket: Bucket | None = None
+
+
+class PackMade(Message, frozen=True):
+    """The pack is beside the archive, and in the fleet's bucket if there is one, or `problem` says why not."""
+
+    chunks: int
+    size_bytes: int
+    problem: str = ""
+
+
+class StreamPack(Message, frozen=True):
+    """The arguments of a prefetcher: bring what a workload's pack has to OBJECTS and the image's spool, whose descriptor comes with this.
+
+    The pack lies beside the archive, or in `bucket`.  Says `PackComing` or `PackAbsent` first, then `Completed`, of objects that are whole
+    in the spool, and `PackThrough` in the end.
+    """
+
+    archive: str
+    objects: str
+    workload: str
+    bucket: Bucket | None = None
+
+
+class PackComing(Message, frozen=True):
+    """What the pack brings, `chunks` of them, is announced in the spool (`coming`), at `announced_at`."""
+
+    chunks: int
+    announced_at: int
+
+
+class PackAbsent(Message, frozen=True):
+    """No pack comes: there is none, or it has nothing that is not here, or `problem` says what is wrong with it."""
+
+    problem: str = ""
+
+
+class PackThrough(Message, frozen=True):
+    """The pack has been read, or as much of it as is good, and `problem` says what was wrong then."""
+
+    chunks: int
+    size_bytes: int
+    problem: str = ""
+
+
 class LoginWanted(Message, frozen=True):
     """From an image mount: `registry` (or mirror) refuses what it was shown, and the server may not look for what is newer itself.
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
+import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +18,7 @@ from actors.image.archive import Archive
 from actors.image.trace import load, workload_of, workloads
 from tests.actors.image.images import RunningRegistry, directory, member, tar
 from tests.actors.image.proxy import Proxy
+from tests.actors.image.s3 import CREDENTIALS, RunningS3
 from tests.node.conftest import busybox_layer
 from tests.node.daemon import PATIENCE_S, Daemon, running
 
@@ -109,3 +114,157 @@ def test_nothing_is_traced_when_prefetch_is_off(tmp_path: Path, built: tuple[str
     with cold(tmp_path, built, proxy, AERIE_IMAGE_PREFETCH="off") as daemon:
         assert daemon.run(READS).exit_code == 0
     assert [path.suffix for path in (tmp_path / "archives").iterdir()] == [".aerie"]
+
+
+# --- packs
+
+
+def packs(archives: Path) -> list[Path]:
+    return list(archives.glob("*.pack"))
+
+
+def processes_of(daemon: Daemon, name: str) -> list[int]:
+    found, todo = [], [daemon.tree()]
+    while todo:
+        node = todo.pop()
+        if node["kind"] == "process" and node["name"].startswith(name) and node["pid"]:
+            found.append(node["pid"])
+        todo += node["children"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, built: tuple[str, Path], proxy: Proxy) -> Path:
+    """A directory with the archive, and the trace and pack of READS."""
+    home = tmp_path_factory.mktemp("packed")
+    with cold(home, built, proxy) as daemon:
+        assert daemon.run(READS).exit_code == 0
+        until(lambda: packs(home / "archives"))
+    return home / "archives"
+
+
+def output(daemon: Daemon, task: str = "") -> bytes:
+    result = daemon.result(task or daemon.submit(READS))
+    assert result.exit_code == 0, (result, daemon.log.read_text()[-3000:])
+    return daemon.logs(result.task)[0].split()[0]
+
+
+EXPECTED = hashlib.md5(LARGE[80 << 16 : 81 << 16]).hexdigest().encode()
+
+
+def test_a_pack_spares_the_registry(tmp_path: Path, built: tuple[str, Path], packed: Path, proxy: Proxy) -> None:
+    shutil.copytree(packed, tmp_path / "archives")
+    with cold(tmp_path, built, proxy) as daemon:
+        assert output(daemon) == EXPECTED
+        assert proxy.body_bytes("/blobs/") == 0
+        # What is not in it is fetched, and the workload is not recorded again.
+        assert daemon.run("cat /data/9 >/dev/null").exit_code == 0
+        assert proxy.body_bytes("/blobs/") > 0
+        until(lambda: len(packs(tmp_path / "archives")) == 2)
+    assert len(list((tmp_path / "archives").glob("*.trace"))) == 2
+
+
+def test_a_pack_is_left_alone_when_prefetch_is_off(tmp_path: Path, built: tuple[str, Path], packed: Path, proxy: Proxy) -> None:
+    shutil.copytree(packed, tmp_path / "archives")
+    with cold(tmp_path, built, proxy, AERIE_IMAGE_PREFETCH="off") as daemon:
+        assert output(daemon) == EXPECTED
+        assert proxy.body_bytes("/blobs/") > 0
+
+
+def test_a_bad_pack_costs_a_warning_and_no_task(tmp_path: Path, built: tuple[str, Path], packed: Path, proxy: Proxy) -> None:
+    shutil.copytree(packed, tmp_path / "archives")
+    [pack] = packs(tmp_path / "archives")
+    pack.write_bytes(pack.read_bytes()[: pack.stat().st_size // 2])
+    with cold(tmp_path, built, proxy) as daemon:
+        assert output(daemon) == EXPECTED
+        until(lambda: "a pack is of no use" in daemon.log.read_text())
+
+
+def test_a_pack_that_stands_still_is_not_waited_for(
+    tmp_path: Path, built: tuple[str, Path], packed: Path, proxy: Proxy
+) -> None:
+    shutil.copytree(packed, tmp_path / "archives")
+    [pack] = packs(tmp_path / "archives")
+    whole = pack.read_bytes()
+    pack.unlink()
+    os.mkfifo(pack)
+    with cold(tmp_path, built, proxy) as daemon:
+        task = daemon.submit(READS)
+        with open(pack, "wb", buffering=0) as pipe:
+            pipe.write(whole[:5000])  # the head, and little more
+            assert output(daemon, task) == EXPECTED
+            [prefetcher] = processes_of(daemon, "image prefetcher")
+            os.kill(prefetcher, signal.SIGKILL)
+            until(lambda: not processes_of(daemon, "image prefetcher"))
+        pack.unlink()
+        assert output(daemon) == EXPECTED
+
+
+def test_a_server_that_is_killed_in_mid_stream_costs_nothing(
+    tmp_path: Path, built: tuple[str, Path], packed: Path, proxy: Proxy
+) -> None:
+    shutil.copytree(packed, tmp_path / "archives")
+    [pack] = packs(tmp_path / "archives")
+    whole = pack.read_bytes()
+    pack.unlink()
+    os.mkfifo(pack)
+    with cold(tmp_path, built, proxy) as daemon:
+        task = daemon.submit(READS)
+        with open(pack, "wb", buffering=0) as pipe:
+            for at in range(0, len(whole), 1 + len(whole) // 12):
+                pipe.write(whole[at : at + 1 + len(whole) // 12])
+                for server in processes_of(daemon, "image mount"):
+                    os.kill(server, signal.SIGKILL)
+                time.sleep(0.05)
+        assert output(daemon, task) == EXPECTED
+        pack.unlink()
+
+
+def test_a_maker_that_is_killed_leaves_no_pack_and_the_next_one_makes_it(
+    tmp_path: Path, built: tuple[str, Path], proxy: Proxy
+) -> None:
+    with cold(tmp_path, built, proxy, "one") as daemon:
+        assert daemon.run(READS).exit_code == 0
+        until(lambda: processes_of(daemon, "image prefetcher") or packs(tmp_path / "archives"))
+        for maker in processes_of(daemon, "image prefetcher"):
+            os.kill(maker, signal.SIGKILL)
+        until(lambda: not processes_of(daemon, "image prefetcher"))
+    for pack in packs(tmp_path / "archives"):
+        pack.unlink()  # it was faster
+    with cold(tmp_path, built, proxy, "two") as daemon:
+        assert output(daemon) == EXPECTED
+        until(lambda: packs(tmp_path / "archives"))
+    with cold(tmp_path, built, proxy, "three") as daemon:
+        assert output(daemon) == EXPECTED
+        assert proxy.body_bytes("/blobs/") == 0
+    assert not list((tmp_path / "archives").glob(".*"))
+
+
+def test_packs_travel_through_the_bucket(
+    tmp_path: Path, registry: RunningRegistry, proxy: Proxy, built: tuple[str, Path]
+) -> None:
+    (tmp_path / "s3").mkdir()
+    s3 = RunningS3(tmp_path / "s3")
+    try:
+        bucket = s3.bucket("packs")
+        places = {"AERIE_S3_BUCKET": bucket.name, "AERIE_S3_PREFIX": bucket.prefix, "AERIE_S3_ENDPOINT": bucket.endpoint}
+        places |= {"AERIE_S3_REGION": bucket.region, "AERIE_IMAGE_PREFETCH": "trace"} | CREDENTIALS
+        for name in ("one", "two", "three"):
+            (tmp_path / name).mkdir()
+        with running(tmp_path / "one", built[0], **places) as daemon:  # builds, and has all that it traces
+            assert output(daemon) == EXPECTED
+            until(lambda: sorted(key.split("/")[1] for key in s3.keys(bucket)) == ["archives", "packs"])
+        with running(tmp_path / "two", built[0], **places) as daemon:
+            proxy.forget()
+            assert output(daemon) == EXPECTED
+            assert proxy.body_bytes("/blobs/") == 0
+            assert not list((tmp_path / "two/state/images/archives").glob("*.trace"))
+        [key] = [key for key in s3.keys(bucket) if "/packs/" in key]
+        good = s3.read(bucket, key)
+        s3.write(bucket, key, good[: len(good) // 2])
+        with running(tmp_path / "three", built[0], **places) as daemon:
+            assert output(daemon) == EXPECTED
+            until(lambda: "it is removed" in daemon.log.read_text())
+            assert key not in s3.keys(bucket)
+    finally:
+        s3.stop()

@@ -15,6 +15,7 @@ import trio
 from actors.image import spool
 from actors.image.archive import Archive
 from actors.image.builder import Build
+from actors.image.coming import Coming
 from actors.image.content import decode_content
 from actors.image.reference import Reference
 from actors.image.registry import Registry
@@ -59,6 +60,7 @@ class Image:
         spool_bytes_max: int = 1 << 30,
         completed: Callable[[list[int]], None] = lambda _: None,
         mirrors: Sequence[str] = (),
+        coming: Coming | None = None,
     ) -> RegistrySource:
         return RegistrySource(
             self.table,
@@ -71,6 +73,7 @@ class Image:
             timeout_s,
             spool_bytes_max,
             completed,
+            coming,
         )
 
     def find(self, size: int) -> int:
