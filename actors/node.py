@@ -42,7 +42,7 @@ from actors.output.actor import OutputActor
 from actors.records import MIGRATIONS
 from actors.recovered import Recovered
 from actors.sandbox.supervisor import SandboxSupervisor
-from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, PROGRESS_S, SANDBOXES, SYNCER, Services
+from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, SANDBOXES, SYNCER, Services
 from actors.settings import Settings, load_settings
 from supervisor.actor import Stop
 from supervisor.descriptors import Descriptors
@@ -157,17 +157,18 @@ class Root(Supervisor):
 
 def root(system: System, services: Services, ended: Callable[[], None]) -> Root:
     """The tree.  `ended` is called when it is no more."""
-    syncer = (ChildSpec(SYNCER, lambda: SyncerActor(system, SYNCER, services), progress_s=PROGRESS_S),)
+    progress_s = services.settings.daemon.progress_timeout_s
+    syncer = (ChildSpec(SYNCER, lambda: SyncerActor(system, SYNCER, services), progress_s=progress_s),)
     children = (
-        ChildSpec(OUTPUT, lambda: OutputActor(system, OUTPUT, services), progress_s=PROGRESS_S),
-        ChildSpec(IMAGES, lambda: ImageActor(system, IMAGES, services), progress_s=PROGRESS_S),
+        ChildSpec(OUTPUT, lambda: OutputActor(system, OUTPUT, services), progress_s=progress_s),
+        ChildSpec(IMAGES, lambda: ImageActor(system, IMAGES, services), progress_s=progress_s),
         ChildSpec(
-            MOUNTS, lambda: MountSupervisor(system, MOUNTS, services, syncer), type=Type.SUPERVISOR, progress_s=PROGRESS_S
+            MOUNTS, lambda: MountSupervisor(system, MOUNTS, services, syncer), type=Type.SUPERVISOR, progress_s=progress_s
         ),
         ChildSpec(
-            SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services), type=Type.SUPERVISOR, progress_s=PROGRESS_S
+            SANDBOXES, lambda: SandboxSupervisor(system, SANDBOXES, services), type=Type.SUPERVISOR, progress_s=progress_s
         ),
-        ChildSpec(GATEWAY, lambda: GatewayActor(system, GATEWAY, services, gateway_listener(services)), progress_s=PROGRESS_S),
+        ChildSpec(GATEWAY, lambda: GatewayActor(system, GATEWAY, services, gateway_listener(services)), progress_s=progress_s),
     )
     tree = system.root = Root(system, children, ended)
     return tree

@@ -17,8 +17,6 @@ from supervisor.watch import Watcher
 # The names under which actors are found.
 IMAGES, MOUNTS, SANDBOXES, OUTPUT, GATEWAY, SYNCER = "images", "mounts", "sandboxes", "output", "gateway", "syncer"
 
-PROGRESS_S = 60.0  # an actor blocks on nothing; one that has had the same message in hand for so long hangs
-
 
 def sandbox_name(task: str) -> str:
     return f"sandbox {task}"

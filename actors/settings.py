@@ -67,6 +67,7 @@ class RunSection(Section, frozen=True):
 
 class DaemonSection(Section, frozen=True):
     drain_timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 15
+    progress_timeout_s: Annotated[float, Meta(ge=1, le=86400)] = 60
 
 
 class ImageSection(Section, frozen=True):

@@ -9,7 +9,7 @@ from loguru import logger
 from actors.lazytree import mounts
 from actors.mount import messages
 from actors.mount.actor import MountActor, unmount_tree
-from actors.services import PROGRESS_S, Services, mount_name
+from actors.services import Services, mount_name
 from supervisor.answers import Answer, Deferred, Worked, WorkFailed
 from supervisor.spec import ChildSpec, Flags, Restart
 from supervisor.strategy import Strategy
@@ -65,7 +65,12 @@ class MountSupervisor(Supervisor):
     def _start(self, task: str) -> None:
         name, services, system = mount_name(task), self._services, self.system
         self.ensure_child(
-            ChildSpec(name, lambda: MountActor(system, name, services, task), Restart.TRANSIENT, progress_s=PROGRESS_S)
+            ChildSpec(
+                name,
+                lambda: MountActor(system, name, services, task),
+                Restart.TRANSIENT,
+                progress_s=services.settings.daemon.progress_timeout_s,
+            )
         )
 
     def _hand_on(self, task: str, message: Any, absent: Any) -> Any:

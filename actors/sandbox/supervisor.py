@@ -12,7 +12,7 @@ from actors.gateway.messages import TaskSpec
 from actors.sandbox import messages
 from actors.sandbox.actor import SandboxActor
 from actors.sandbox.host import SandboxHost
-from actors.services import PROGRESS_S, Services, sandbox_name
+from actors.services import Services, sandbox_name
 from supervisor.answers import Answer, Deferred
 from supervisor.spec import ChildSpec, Flags, Restart
 from supervisor.strategy import Strategy
@@ -60,7 +60,7 @@ class SandboxSupervisor(Supervisor):
                 name,
                 lambda: SandboxActor(system, name, services, host, task, spec, manual),
                 Restart.TRANSIENT,
-                progress_s=PROGRESS_S,
+                progress_s=services.settings.daemon.progress_timeout_s,
             )
         )
 

@@ -11,8 +11,8 @@ table.
 A directory, `FAILPOINTS` in the environment, is how a test speaks to it:
 
     trace     every operation, a line each, as it is about to begin
-    armed     [task, names, keeper]: a process that is about to begin one of these operations takes its name out and kills itself, and
-              before that the keeper when `keeper` is true (for a root supervisor only)
+    armed     [task, names, how]: a process that is about to begin one of these operations takes its name out and kills itself, and
+              before that the keeper when `how` is "with its keeper" (for a root supervisor only); "hang": its thread goes on no more
 
 An operation's name has the task's id replaced by TASK, and what differs from run to run by a word (`operation_name`); an isolated
 process's begins with who it is.  Words before it: "after": it is over; "torn": a file was opened for writing, and nothing is in it yet,
@@ -55,6 +55,7 @@ PATHS = {  # audit event → which of its arguments are (path, descriptor of the
     "os.truncate": (0, None),
     "os.utime": (0, 3),
 }
+KILL, WITH_ITS_KEEPER, HANG = "kill", "with its keeper", "hang"
 ISOLATED = ("syncer", "output mover", "image builder")
 
 
@@ -84,26 +85,32 @@ class Operations:
             os.write(self._trace, "".join(f"{name}\n" for name in begun).encode())
             with open(self._directory / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # others of these processes, and threads, may be about to die as well
-                self._die_if_armed(begun, torn)
+                hangs = self._die_if_armed(begun, torn)
+            if hangs:
+                threading.Event().wait()
         finally:
             self._here.looking = False
 
-    def _die_if_armed(self, begun: list[str], torn: Callable[[], object] | None) -> None:
+    def _die_if_armed(self, begun: list[str], torn: Callable[[], object] | None) -> bool:
+        """→ whether it is not to die, but to hang."""
         try:
-            task, points, keeper = json.loads((self._directory / "armed").read_text())
+            task, points, how = json.loads((self._directory / "armed").read_text())
         except FileNotFoundError:
-            return
+            return False
         for name in begun:
             if (point := operation_name(name, task)) in points:
                 points.remove(point)
                 if name != begun[0]:
                     assert torn is not None
                     torn()
-                (self._directory / "next").write_text(json.dumps([task, points, keeper]))
+                (self._directory / "next").write_text(json.dumps([task, points, how]))
                 os.rename(self._directory / "next", self._directory / "armed")
-                if keeper:
+                if how == HANG:
+                    return True
+                if how == WITH_ITS_KEEPER:
                     os.kill(os.getppid(), signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
+        return False
 
     @contextmanager
     def around(self, operation: str) -> Iterator[None]:

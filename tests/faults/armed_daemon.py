@@ -18,7 +18,7 @@ from pathlib import Path
 from supervisor.channel import Channel
 from supervisor.keeping import FROM_KEEPER, AskState, State
 from tests.actors.image.images import RunningRegistry
-from tests.faults.armed import operation_name
+from tests.faults.armed import HANG, KILL, WITH_ITS_KEEPER, operation_name
 from tests.node.daemon import PATIENCE_S, Daemon, name_of
 
 HIT_S = 60.0
@@ -29,7 +29,7 @@ class ArmedDaemon(Daemon):
 
     program = Path(__file__).with_name("armed.py")
 
-    def __init__(self, home: Path, image: str, registry: RunningRegistry) -> None:
+    def __init__(self, home: Path, image: str, registry: RunningRegistry, **more: str) -> None:
         self.points, self.logs_dir, self.registry = home / "failpoints", home / "logs", registry
         self.points.mkdir()
         settings = {
@@ -39,16 +39,18 @@ class ArmedDaemon(Daemon):
             "AERIE_DAEMON_DRAIN_TIMEOUT": "100ms",
             "AERIE_MOUNT_SYNC_INTERVAL": "500ms",
         }
-        super().__init__(home, image, FAILPOINTS=str(self.points), **settings)
+        super().__init__(home, image, FAILPOINTS=str(self.points), **settings | more)
 
     @contextmanager
-    def killed_at(self, task: str, *points: str, keeper: bool = False) -> Iterator[None]:
-        """Within this the root supervisor is killed once at each of these points of `task`'s; at its end it was, at most of them.
+    def killed_at(self, task: str, *points: str, keeper: bool = False, hangs: bool = False) -> Iterator[None]:
+        """Within this the process that comes there is killed once at each of these points of `task`'s; at its end it was, at most of
+        them.
 
         (Of two operations that go on side by side, the second one may be over when the first one is armed again.)  With `keeper`
-        its keeper is killed too, and started again by who started it.
+        its keeper is killed too, and started again by who started it.  With `hangs` it is not killed: the thread goes on no more.
         """
-        (self.points / "new").write_text(json.dumps([task, points, keeper]))
+        how = HANG if hangs else WITH_ITS_KEEPER if keeper else KILL
+        (self.points / "new").write_text(json.dumps([task, points, how]))
         (self.points / "new").rename(self.points / "armed")
         starter = threading.Thread(target=self._start_again, daemon=True)
         if keeper:
