@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 from loguru import logger
 
 from actors.layout import TaskLayout
-from actors.lazytree import mounts
+from actors.lazytree import mounts, trees
 from actors.lazytree.objects import Objects
+from actors.lazytree.trees import Trees
+from actors.mount.actor import hold_name
 from actors.mount.syncer import waits_for_later
 from actors.sandbox.host import SandboxHost
 from actors.sandbox.orphans import clean_orphans
 from actors.services import Services
+
+COUNT_S = 60.0  # for another daemon that is at the same
 
 
 def forget_another_boot(services: Services) -> None:
     """At the first start in this boot: nothing that was held, leased or only half on the disk counts any more."""
     store, layout = services.store, services.layout
     mark = layout.state / "boot"
-    if mark.exists() and mark.read_text() == services.boot_id:
-        return
+    again = mark.exists() and mark.read_text() == services.boot_id
     Path(services.settings.image.cache_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
-    objects = Objects(services.settings.image.cache_dir)
-    if removed := objects.forget_unsynced():
+    if removed := take_stock(services.settings.image.cache_dir, services.boot_id, again):
         logger.warning("{} objects that a power cut may have torn are removed", removed)
-        store.write(("UPDATE contents SET complete = 0", ())).result()
-    objects.close()
+    if again:
+        return
     store.write(("DELETE FROM leases", ())).result()
     shutil.rmtree(layout.leases, ignore_errors=True)
     mark.write_text(services.boot_id)
+
+
+def take_stock(cache_dir: str, boot_id: str, running: bool = False) -> int:
+    """Once in a boot: remove objects that a power cut may have torn, and count the others → how many are removed.
+
+    By whichever of the daemons that share them is first: when the others start, something may be mounted already.  So it may be where
+    they were never counted and this daemon is `running` already, of an older version: then nothing is removed.
+    """
+    mark = Path(cache_dir) / "boot"
+    counted = mark.read_text() if mark.exists() else ""
+    if counted == boot_id:
+        return 0
+    removed = 0
+    with closing(Objects(cache_dir)) as objects, trees.evicting(objects.descriptor, COUNT_S):
+        if not counted and running:
+            objects.count()
+        elif not mark.exists() or mark.read_text() != boot_id:
+            removed = objects.forget_unsynced()
+            if removed:
+                for tree in trees.trees(objects.descriptor):
+                    trees.no_longer_whole(objects.descriptor, tree.name)
+        unnamed = mark.with_name(".boot")
+        unnamed.write_text(boot_id)
+        unnamed.rename(mark)
+    return removed
 
 
 def begun_tasks(services: Services) -> tuple[list[str], int]:
@@ -48,9 +76,25 @@ def clean_up(services: Services) -> None:
     living = {f"{task}.{number}" for task, number in attempts.items()}
     for kind, count in clean_orphans(services, SandboxHost(layout), living).items():
         recovered.cleaned(kind, count)
+    recovered.cleaned("hold", sweep_holds(services, set(attempts)))
     for task in layout.known_tasks() - attempts.keys():
         recovered.cleaned("mount", unmount_all(layout.task(task)))
         recovered.cleaned("directory", remove_all(layout.task(task), task in known))
+
+
+def sweep_holds(services: Services, tasks: set[str]) -> int:
+    """Give back the holds on content of trees that are not mounted any more, and of no task that goes on → how many."""
+    settings = services.settings
+    if not Path(settings.image.cache_dir).is_dir():
+        return 0
+    kept = {hold_name(task) for task in tasks}
+    kept |= {Path(mount.target).name for mount in mounts.mounts_below(settings.image.mount_dir)}
+    with closing(Objects(settings.image.cache_dir)) as objects:
+        held = Trees(objects.descriptor, settings.run.dir)
+        swept = [name for name in held.holds() if name not in kept]
+        for name in swept:
+            held.release(name)
+    return len(swept)
 
 
 def unmount_all(layout: TaskLayout) -> int:

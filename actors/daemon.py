@@ -22,6 +22,7 @@ PRELOAD = (
     "actors.image.process",
     "actors.image.prefetch",
     "actors.output.process",
+    "actors.cache.process",
 )
 PRELOAD_FOR_A_BUCKET = ("actors.image.fleet",)  # boto3: 0.1 to 0.2 s and 7 MB of each builder, for 8 MB once that all share
 

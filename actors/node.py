@@ -2,6 +2,7 @@
 
     root (one_for_one)
      ├─ output                  OutputActor: journals → console, files
+     ├─ cache                   CacheActor: what is kept of images and workspaces, and what goes
      ├─ images                  ImageActor: image → lease on a mounted root
      ├─ mounts                  Mount supervisor, dynamic
      │   ├─ syncer              the actor of the syncer process
@@ -28,6 +29,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from actors.cache.actor import CacheActor
 from actors.cleaning import begun_tasks, clean_up, forget_another_boot
 from actors.gateway.actor import Drain, GatewayActor
 from actors.gateway.local import listen
@@ -42,7 +44,7 @@ from actors.output.actor import OutputActor
 from actors.records import MIGRATIONS
 from actors.recovered import Recovered
 from actors.sandbox.supervisor import SandboxSupervisor
-from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, SANDBOXES, SYNCER, Services
+from actors.services import CACHE, GATEWAY, IMAGES, MOUNTS, OUTPUT, SANDBOXES, SYNCER, Services
 from actors.settings import Settings, load_settings
 from supervisor.actor import Stop
 from supervisor.descriptors import Descriptors
@@ -161,6 +163,7 @@ def root(system: System, services: Services, ended: Callable[[], None]) -> Root:
     syncer = (ChildSpec(SYNCER, lambda: SyncerActor(system, SYNCER, services), progress_s=progress_s),)
     children = (
         ChildSpec(OUTPUT, lambda: OutputActor(system, OUTPUT, services), progress_s=progress_s),
+        ChildSpec(CACHE, lambda: CacheActor(system, CACHE, services), progress_s=progress_s),
         ChildSpec(IMAGES, lambda: ImageActor(system, IMAGES, services), progress_s=progress_s),
         ChildSpec(
             MOUNTS, lambda: MountSupervisor(system, MOUNTS, services, syncer), type=Type.SUPERVISOR, progress_s=progress_s

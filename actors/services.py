@@ -15,7 +15,8 @@ from supervisor.store import Store
 from supervisor.watch import Watcher
 
 # The names under which actors are found.
-IMAGES, MOUNTS, SANDBOXES, OUTPUT, GATEWAY, SYNCER = "images", "mounts", "sandboxes", "output", "gateway", "syncer"
+CACHE, IMAGES, MOUNTS, SANDBOXES = "cache", "images", "mounts", "sandboxes"
+OUTPUT, GATEWAY, SYNCER = "output", "gateway", "syncer"
 
 
 def sandbox_name(task: str) -> str:

@@ -78,6 +78,9 @@ class ImageSection(Section, frozen=True):
     resolve_interval_s: Annotated[float, Meta(ge=0, le=30 * 86400)] = 60
     mirrors: Mirrors = ""
     prefetch: Literal["off", "trace", "full"] = "off"
+    cache_bytes_max: Annotated[int, Meta(ge=MIB, le=1024 * TIB)] = 100 * GIB
+    archive_bytes_max: Annotated[int, Meta(ge=MIB, le=1024 * TIB)] = 10 * GIB
+    free_bytes_min: Annotated[int, Meta(ge=0, le=1024 * TIB)] = 2 * GIB
     spool_bytes_max: Annotated[int, Meta(ge=16 * MIB, le=TIB)] = GIB
     idle_unmount_s: Annotated[float, Meta(ge=0, le=30 * 86400)] = 300
     unpacked_bytes_max: Annotated[int, Meta(ge=MIB, le=16 * TIB)] = 64 * GIB

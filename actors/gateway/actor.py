@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from loguru import logger
 
+from actors.cache import messages as cache
 from actors.gateway.ledger import Ledger, QueueFull, Task, rfc3339
 from actors.gateway.local import LocalBridge
 from actors.gateway.messages import (
@@ -33,10 +34,15 @@ from actors.gateway.messages import (
     Logs,
     MountImage,
     Progress,
+    PruneStorage,
     Ready,
     Request,
+    ShowStorage,
     StillRunning,
     Stop,
+    StoragePruned,
+    StorageShown,
+    StorageUse,
     Submit,
     TaskResult,
     TaskSpec,
@@ -50,7 +56,7 @@ from actors.gateway.retention import Retention
 from actors.gateway.tree import draw_tree
 from actors.image import messages as images
 from actors.sandbox.messages import RunTask, StopSandbox, TaskChanged, TaskEnded, TaskReleased
-from actors.services import IMAGES, SANDBOXES, Services
+from actors.services import CACHE, IMAGES, SANDBOXES, Services
 from supervisor.actor import Actor
 from supervisor.answers import Answer, Refused, Worked, WorkFailed
 from supervisor.frames import Message
@@ -169,7 +175,8 @@ class GatewayActor(Actor):
             case Refused(request, error):
                 if request in self._asked:
                     client, asked = self._asked.pop(request)
-                    self._fail(client, asked, "image", error)
+                    of_cache = isinstance(asked, ShowStorage | PruneStorage)
+                    self._fail(client, asked, "internal" if of_cache else "image", error)
             case Worked(("tree", client, request), keeper):
                 self._bridge.send(client, TreeShown(request, keeper))
             case WorkFailed(("tree", client, request), error):
@@ -218,6 +225,10 @@ class GatewayActor(Actor):
                 self._ask_images(client, request, images.PrepareRootfs(lease, image, root=True))
             case UnmountImage(_, lease):
                 self._ask_images(client, request, images.ReleaseRootfs(lease))
+            case ShowStorage():
+                self._ask_images(client, request, cache.CacheUsage(), CACHE)
+            case PruneStorage(_, size_bytes):
+                self._ask_images(client, request, cache.Prune(size_bytes), CACHE)
 
     def _submit(self, client: int, request: Submit) -> None:
         known = self._ledger.tasks.get(request.task)
@@ -408,8 +419,8 @@ class GatewayActor(Actor):
 
     # --- images ---
 
-    def _ask_images(self, client: int, request: Request, message: Message) -> None:
-        self._asked[self.request(IMAGES, message)] = (client, request)
+    def _ask_images(self, client: int, request: Request, message: Message, whom: str = IMAGES) -> None:
+        self._asked[self.request(whom, message)] = (client, request)
 
     def _images_answered(self, number: int, value: Any) -> None:
         if number not in self._asked:
@@ -427,6 +438,11 @@ class GatewayActor(Actor):
             case images.ImageList(rows):
                 shown = [ImageState(row.reference, row.digest, row.path, row.leases, row.unpacked_bytes) for row in rows]
                 self._bridge.send(client, Images(asked.request, shown))
+            case cache.Usage():
+                shown_use = StorageUse(**{name: getattr(value, name) for name in StorageUse.__struct_fields__})
+                self._bridge.send(client, StorageShown(asked.request, shown_use))
+            case cache.Pruned(objects, freed_bytes, why):
+                self._bridge.send(client, StoragePruned(asked.request, objects, freed_bytes, why))
 
     # --- the end ---
 

@@ -147,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="COMMAND", required=True
     )
     add("ls", f"{reading}:image_ls", "list the images of this node", to=images)
+    add("usage", f"{reading}:image_usage", "show what images and workspaces take of the disk, and may take", to=images)
+    prune = add("prune", f"{reading}:image_prune", "evict content, the longest unused first", to=images)
+    prune.add_argument(
+        "--size", type=_amount(parse_bytes), default=1 << 60, metavar="10Gi", help="so much of it (all that may go)"
+    )
     mount = add("mount", f"{reading}:image_mount", "mount an image's root, read-only", to=images)
     mount.add_argument("image", type=_text, metavar="IMAGE")
     unmount = add("unmount", f"{reading}:image_unmount", "give a lease back", json=False, to=images)

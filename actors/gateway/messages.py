@@ -128,6 +128,24 @@ class ImageState(msgspec.Struct, frozen=True):
     unpacked_bytes: int
 
 
+class StorageUse(msgspec.Struct, frozen=True):
+    """What images and workspaces take of this node's disk, in bytes, and what they may take.
+
+    `unlinked_bytes`, in `cache_bytes`, were removed while somebody holds them open.  `short`: why the last eviction could not make
+    all the room that it should; "" when it could.
+    """
+
+    cache_bytes: int
+    cache_bytes_max: int
+    unlinked_bytes: int
+    archives: int
+    archive_bytes: int
+    archive_bytes_max: int
+    free_bytes: int
+    free_bytes_min: int
+    short: str
+
+
 # --- requests: client to daemon -------------------------------------------------------------------------------------------
 
 
@@ -204,8 +222,25 @@ class UnmountImage(Message, frozen=True):
     lease: str
 
 
-Request = Ready | Submit | Wait | Stop | Logs | ListTasks | Tree | ListImages | MountImage | UnmountImage
-REQUESTS: Final = (Ready, Submit, Wait, Stop, Logs, ListTasks, Tree, ListImages, MountImage, UnmountImage)
+class ShowStorage(Message, frozen=True):
+    """Answer: StorageShown."""
+
+    request: int
+
+
+class PruneStorage(Message, frozen=True):
+    """Evict content of so many bytes, or all that may go, before it is necessary.  Answer: StoragePruned."""
+
+    request: int
+    size_bytes: int
+
+
+Request = (
+    Ready | Submit | Wait | Stop | Logs | ListTasks | Tree | ListImages | MountImage | UnmountImage | ShowStorage | PruneStorage
+)
+REQUESTS: Final = (
+    Ready, Submit, Wait, Stop, Logs, ListTasks, Tree, ListImages, MountImage, UnmountImage, ShowStorage, PruneStorage,
+)  # fmt: skip
 
 
 # --- answers: daemon to client --------------------------------------------------------------------------------------------
@@ -270,6 +305,20 @@ class ImageMounted(Message, frozen=True):
     digest: str
 
 
+class StorageShown(Message, frozen=True):
+    request: int
+    storage: StorageUse
+
+
+class StoragePruned(Message, frozen=True):
+    """`kept`: why not all could go that was asked for."""
+
+    request: int
+    objects: int
+    freed_bytes: int
+    kept: str
+
+
 class Done(Message, frozen=True):
     request: int
 
@@ -293,11 +342,14 @@ Answer = (
     | TreeShown
     | Images
     | ImageMounted
+    | StorageShown
+    | StoragePruned
     | Done
     | Failed
 )
 ANSWERS: Final = (
-    IsReady, Accepted, Progress, Ended, StillRunning, LogDirectory, Listed, TreeShown, Images, ImageMounted, Done, Failed,
+    IsReady, Accepted, Progress, Ended, StillRunning, LogDirectory, Listed, TreeShown, Images, ImageMounted, StorageShown,
+    StoragePruned, Done, Failed,
 )  # fmt: skip
 
 

@@ -24,9 +24,13 @@ from actors.gateway.messages import (
     LogDirectory,
     Logs,
     MountImage,
+    PruneStorage,
     Ready,
+    ShowStorage,
     StillRunning,
     Stop,
+    StoragePruned,
+    StorageShown,
     TaskResult,
     Tree,
     TreeNode,
@@ -40,6 +44,7 @@ from actors.quantities import format_bytes
 from actors.settings import Settings
 from supervisor.events import Event, read_events
 
+PRUNED_BYTES_MAX = 1 << 60
 MOUNT_TIMEOUT_S = 86400.0  # building an image may take long and has a bound of its own
 
 
@@ -147,6 +152,36 @@ def image_ls(arguments: argparse.Namespace, settings: Settings) -> int:
             for row in answer.images
         ]
         show_table(("IMAGE", "DIGEST", "UNPACKED", "PATH", "LEASES"), rows)
+    return 0
+
+
+def image_usage(arguments: argparse.Namespace, settings: Settings) -> int:
+    client = Client(settings.run.dir)
+    answer = client.ask(ShowStorage(client.number()))
+    assert isinstance(answer, StorageShown)
+    use = answer.storage
+    if arguments.json:
+        show_json(use)
+        return 0
+    unlinked = f"; of it {format_bytes(use.unlinked_bytes)} removed, but still in use" if use.unlinked_bytes else ""
+    print(f"content:   {format_bytes(use.cache_bytes)} of {format_bytes(use.cache_bytes_max)}{unlinked}")
+    print(f"archives:  {format_bytes(use.archive_bytes)} of {format_bytes(use.archive_bytes_max)}, {use.archives} of them")
+    print(f"free:      {format_bytes(use.free_bytes)}; at least {format_bytes(use.free_bytes_min)} stay so")
+    if use.short:
+        print(f"too full:  {use.short}")
+    return 0
+
+
+def image_prune(arguments: argparse.Namespace, settings: Settings) -> int:
+    client = Client(settings.run.dir)
+    answer = client.ask(PruneStorage(client.number(), min(int(arguments.size), PRUNED_BYTES_MAX)), timeout_s=MOUNT_TIMEOUT_S)
+    assert isinstance(answer, StoragePruned)
+    if arguments.json:
+        show_json({"objects": answer.objects, "freed_bytes": answer.freed_bytes, "kept": answer.kept})
+    else:
+        print(f"{answer.objects} objects are gone, {format_bytes(answer.freed_bytes)} are free again")
+        if answer.kept:
+            print(f"kept: {answer.kept}")
     return 0
 
 

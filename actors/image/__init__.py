@@ -8,7 +8,7 @@ objects, where in the layers one may start to read (`checkpoints`), and what a t
 share archives through S3 (`fleet`).  The kernel mounts META :: OBJECTS :: LAZY (`actors.lazytree`).  LAZY is an image mount, a process
 of its own (`serve`): it fetches what is read, and is not here, by ranges of the layers (`source`), into a spool from which whole
 objects are published (`spool`).  The ImageActor (`actor`) says which image is meant (`catalogue`, `building`), mounts it (`mounted`) and
-keeps it mounted while somebody has a lease on it (`leases`).
+keeps it mounted while somebody has a lease on it (`leases`); what is mounted is held (`holding`), and not evicted (`actors.cache`).
 
 Owns.  The archives in `image.archive_dir` (one file per manifest digest, maybe shared with other daemons), the image objects in
 `image.cache_dir` (named by the sha256 of their content), the mounts below `image.mount_dir`, their servers and spools, and the image

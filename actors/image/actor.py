@@ -112,6 +112,9 @@ class ImageActor(Actor):
                 return self._list()
             case messages.UnmountIdle(digest):
                 self._unmount_idle(digest)
+            case messages.UnmountAllIdle():
+                for image in self._images.values():
+                    self._unmount_idle(image.digest)
             case messages.CloseImages():
                 return self._close()
             case messages.StopSharing():
@@ -321,6 +324,8 @@ class ImageActor(Actor):
     def _unmount_idle(self, digest: str) -> None:
         image = self._images.get(digest)
         if image is not None and image.mount is not None and image.is_mounted and not image.leases:
+            if image.idle is not None:
+                image.idle.cancel()
             image.idle = None
             image.mount.remove()
 

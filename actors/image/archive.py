@@ -14,12 +14,14 @@ beside, renamed into place), and whoever writes one for the same digest writes a
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import re
 import secrets
 import struct
+import time
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import BinaryIO
@@ -38,6 +40,7 @@ _VERSION = struct.Struct("<8sI4x")
 _OLD_FOOTER_BYTES = {1: 56}
 _CHECKSUM_BYTES = 32
 _PAGE_BYTES = 4096
+HOLD_TRIES = 100
 _TEMPORARY = re.compile(r"\.sha256-[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
 
 
@@ -202,6 +205,27 @@ def save_beside(path: str, pieces: Iterable[bytes]) -> int:
             raise
     _sync_directory(directory)
     return size
+
+
+def hold(path: str) -> int:
+    """Keep the archive from being evicted, by anybody on any node, until the descriptor is closed.  It is used now, its time says.
+
+    Raises OSError (FileNotFoundError when there is none).
+    """
+    for _ in range(HOLD_TRIES):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.fstat(file).st_nlink:
+                os.utime(file)
+                return file
+        except BlockingIOError:
+            time.sleep(0.001)  # somebody removes it, just now
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+    raise FileNotFoundError(errno.ENOENT, "it is just being removed", path)
 
 
 def _write_sections(file: BinaryIO, root: erofs.Node, rows: Iterable[Row], checkpoints: Checkpoints, info: ImageInfo) -> None:

@@ -59,6 +59,7 @@ class Build:
         os.makedirs(order.archive_dir, exist_ok=True)
         objects = Objects(order.cache_dir)
         try:
+            _ = objects.ledger  # from now on what this build leaves is no orphan, though it is in no tree yet
             if reference.digest and (found := self._find(reference.digest, objects)):
                 return found
             with Registry(reference, order.access.login, mirrors=order.access.mirrors) as registry:
@@ -160,6 +161,8 @@ class Build:
                     self._read_layer(blob, number, diff_id, tree, contents, checkpoints)
                 except (ContentCorrupt, LayerUnsafe, Unsupported) as error:
                     raise type(error)(f"{registry.reference}, layer {self._layer} of {len(manifest.layers)}: {error}") from None
+            if not contents.complete and not self._order.lazy:
+                raise DiskFull(f"no space is left on this node for the content of {registry.reference}")
             self._phase = "writing archive"
             objects.sync()
             keys = _keys(tree.root)
@@ -170,7 +173,7 @@ class Build:
                 path = write_archive(self._order.archive_dir, tree.root, rows, checkpoints, info)
             except ValueError as error:
                 raise ContentCorrupt(f"{registry.reference}: a file that no file system here could hold: {error}") from None
-        return Built(digest, path, info.objects, info.unpacked_bytes, self._read_bytes)
+        return Built(digest, path, info.objects, info.unpacked_bytes, self._read_bytes, contents.complete)
 
     def _read_layer(
         self, blob: Verified, number: int, diff_id: str, tree: LayeredTree, contents: Contents, checkpoints: Checkpoints

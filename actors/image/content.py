@@ -7,10 +7,13 @@ content is and what each chunk of it must hash to, so that a lazy loader can fet
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import struct
+import time
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import msgspec
 
@@ -20,6 +23,8 @@ from actors.lazytree.objects import Objects
 from actors.lazytree.table import Row
 
 CHUNK_BYTES = 256 << 10
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+PATIENCE_S, PATIENCE_STEP_S = 2.0, 0.05  # one build waits for no longer, in all, until there is room again
 _SPARSE = b"aerie sparse object 1\0"
 _EXTENT = struct.Struct("<QQ")
 
@@ -66,13 +71,16 @@ class Contents:
     def __init__(self, objects: Objects) -> None:
         self.rows: dict[str, Row] = {}
         self.hole_bytes: dict[str, int] = {}
+        self.complete = True  # all of it could be kept
+        self._patience_s = PATIENCE_S
         self._objects = objects
         self._encoder = msgspec.msgpack.Encoder()
 
     def take(self, stream: LayerStream, entry: Entry, layer: int) -> str | None:
         """Read the entry's data off the stream into an object and return its key, None for an empty file.
 
-        Raises OSError (no space), and what the stream raises.
+        Where there is no room for it, nothing is kept (`complete` is False from then on): it can be fetched.  Raises OSError, and
+        what the stream raises.
         """
         if not entry.size:
             return None
@@ -80,20 +88,87 @@ class Contents:
             data = stream.read_exactly(entry.stored)
             key = hashlib.sha256(data).hexdigest()
             if not self._objects.has(key):
-                with self._objects.create() as file:
+                with self._file(entry.stored) as file:
                     file.write(data)
-                    self._objects.publish(file, key)
+                    self._publish(file, key)
             chunks = b""
         else:
-            with self._objects.create() as file:
+            with self._file(entry.stored) as file:
                 key, chunks = copy_content(stream.read_exactly, entry.size, entry.stored, entry.extents, file)
-                self._objects.publish(file, key)
+                self._publish(file, key)
         if key not in self.rows:
             source = self._encoder.encode(LayerContent(layer, entry.offset, chunks, entry.extents))
             self.rows[key] = Row(key, entry.size, source)
             if entry.stored < entry.size:
                 self.hole_bytes[key] = entry.size - entry.stored
         return key
+
+    def _file(self, size_bytes: int) -> BinaryIO:
+        """A file for an object, or what takes its content and keeps none of it."""
+        while True:
+            try:
+                return cast(BinaryIO, _UntilFull(self._objects.create(size_bytes)))
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                self.complete = False
+                if self._patience_s <= 0:
+                    return cast(BinaryIO, _UntilFull(None))
+                time.sleep(PATIENCE_STEP_S)  # room is being made
+                self._patience_s -= PATIENCE_STEP_S
+
+    def _publish(self, file: BinaryIO, key: str) -> None:
+        kept = cast(_UntilFull, file).file
+        if kept is None or not _published(self._objects, kept, key):
+            self.complete = False
+
+
+class _UntilFull:
+    """A file on a disk that may be full: what cannot be written is lost, and with it the file."""
+
+    def __init__(self, file: BinaryIO | None) -> None:
+        self.file = file
+
+    def __enter__(self) -> _UntilFull:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._try(lambda file: file.write(data))
+
+    def seek(self, offset: int) -> None:
+        self._try(lambda file: file.seek(offset))
+
+    def truncate(self, size: int) -> None:
+        self._try(lambda file: file.truncate(size))
+
+    def _try(self, do: Callable[[BinaryIO], object]) -> None:
+        if self.file is not None:
+            try:
+                do(self.file)
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                self._close()
+
+    def _close(self) -> None:
+        file, self.file = self.file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # what it still had to write finds no room either
+                file.close()
+
+
+def _published(objects: Objects, file: BinaryIO, key: str) -> bool:
+    """Publish a file → False when the disk is too full for the rest of it, or its name."""
+    try:
+        objects.publish(file, key)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        return False
+    return True
 
 
 def copy_content(

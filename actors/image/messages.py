@@ -83,6 +83,10 @@ class UnmountIdle(Message, frozen=True):
     digest: str
 
 
+class UnmountAllIdle(Message, frozen=True):
+    """There is no room: what nobody uses need not stay mounted."""
+
+
 class CloseImages(Message, frozen=True):
     """Release every lease and unmount everything → Released."""
 

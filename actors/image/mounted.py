@@ -24,6 +24,7 @@ from actors.image import pack, spool, trace, wire
 from actors.image.archive import Archive, archive_path
 from actors.image.credentials import docker_login
 from actors.image.errors import ArchiveInvalid
+from actors.image.holding import Holding
 from actors.image.login import Access, Login
 from actors.image.mirrors import mirrors_of
 from actors.image.prefetching import Prefetching, Prepared
@@ -118,6 +119,7 @@ class ImageMount:
         self._tracing: Tracing | None = None
         self._prefetching: Prefetching | None = None
         self._packs: set[str] = set()
+        self._holding = Holding(services, digest)
         self._archive_path = archive_path(self._settings.archive_dir, digest)
         name = digest.replace(":", "-")
         self._meta = Path(self._settings.mount_dir) / name
@@ -174,7 +176,9 @@ class ImageMount:
         """Take over what an earlier incarnation has mounted → whether it is whole; what is not is unmounted.  Blocks."""
         try:
             if str(self._meta) in {mount.target for mount in mounts.mounts_below(str(self._meta))} and self._lazy.adopt():
+                self._holding.keep(self._archive_path)
                 self.archive = Archive.open(self._archive_path)
+                self._holding.hold(self.archive, self._reference, self.login is not None)
                 if self._lazy.minor:
                     self._keep_spool()
                 if self._prefetches and self._lazy.minor:
@@ -203,6 +207,7 @@ class ImageMount:
         self._lazy.let_go()
         if self._prefetching is not None:
             self._prefetching.let_go()
+        self._holding.let_go()
 
     # --- what comes back ---
 
@@ -308,6 +313,8 @@ class ImageMount:
                 return Mounted(self._complete)
             case "publish":
                 self._completed.difference_update(value)
+                if not value:  # there is no room for them, and they are served and not kept; the server says it again
+                    self._completed.clear()
                 self._lazy.send(wire.Taken(value))
             case "remove":
                 return self._removed(value)
@@ -340,6 +347,7 @@ class ImageMount:
         if self._prefetching is not None:
             self._prefetching.let_go()
         self._lazy.release()
+        self._holding.release()
         self._services.descriptors.drop(self._spool)
 
     # --- what blocks, one at a time, in the worker pool ---
@@ -351,9 +359,13 @@ class ImageMount:
         """
         for target in (self._meta, self._lazy_target):
             mounts.unmount(str(target), lazily=True)
+        self._holding.keep(self._archive_path)
         archive = Archive.open(self._archive_path)
-        # Of an image that was complete a sample is looked for: somebody may have emptied the cache.
-        complete = self._is_complete(archive, SAMPLE if self._complete else None)
+        stays = self._holding.hold(archive, self._reference, self.login is not None)
+        # Of an image that was whole a sample is looked for: somebody may have emptied the cache.
+        complete = stays and self._is_complete(archive, SAMPLE if self._complete and self._holding.is_whole() else None)
+        if complete:
+            self._holding.note_whole()
         if self._prefetches:
             self._look_for_packs()
         if complete and (self._tracing is None or not self._tracing.wants(self._workload)):
@@ -432,7 +444,7 @@ class ImageMount:
             with contextlib.closing(archive.objects()) as table:
                 step = 1 if sample is None else -(-len(table) // sample) or 1
                 complete = all(objects.has(table.row(index).key) for index in range(0, len(table), step))
-            if complete and sample is None:
+            if complete and sample is None and not self._complete:
                 objects.sync()
         return complete
 

@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from actors.image.archive import Archive
 from actors.image.checkpoints import Spans
-from actors.image.content import LayerContent, copy_content, decode_content, stored_bytes
+from actors.image.content import NO_SPACE, LayerContent, copy_content, decode_content, stored_bytes
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import Row
 
@@ -114,7 +114,7 @@ def publish(archive: str, spool: int, objects: Objects, rows: Sequence[int]) -> 
 
     Blocks, for as long as it takes to copy and hash them: call it in a worker thread or a process.  Returns the rows for the
     `Taken` to answer with, as many as were done within PUBLISHED_BYTES_MAX and PUBLISHED_MAX: also those whose content is not theirs,
-    which are not published.  Raises OSError (no space), ArchiveInvalid.
+    which are not published.  What there is no room for is left out.  Raises OSError, ArchiveInvalid.
     """
     opened = Archive.open(archive, checked=True)
     with closing(opened.objects()) as table, closing(opened.spans(table)) as spans:
@@ -125,7 +125,12 @@ def publish(archive: str, spool: int, objects: Objects, rows: Sequence[int]) -> 
             if 0 <= index < len(table):  # the server is nobody whom to believe
                 row = table.row(index)
                 if not objects.has(row.key):
-                    left_bytes -= _publish(Spool(spool, spans), objects, row)
+                    try:
+                        left_bytes -= _publish(Spool(spool, spans), objects, row)
+                    except OSError as error:
+                        if error.errno not in NO_SPACE:
+                            raise
+                        continue  # it is served from the spool for as long as it is there; later there may be room
             taken.append(index)
         return taken
 
@@ -144,7 +149,7 @@ def _publish(spool: Spool, objects: Objects, row: Row) -> int:
         return data if data is not None else bytes(size)
 
     if spool.has(place, stored):
-        with objects.create() as file:
+        with objects.create(stored) as file:
             key, _ = copy_content(read, row.size_bytes, stored, content.extents, file)
             if key == row.key:
                 objects.publish(file, key)

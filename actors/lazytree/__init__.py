@@ -11,6 +11,8 @@ serves immutable bytes only: every request can be executed twice, and a killed s
     erofs      writes META: an EROFS image, metadata only
     table      the objects of one tree as a file that a server maps; node ids of LAZY are indexes into it
     objects    OBJECTS: an object is there whole or not at all
+    ledger     what OBJECTS take of the disk, counted right whoever is killed, and bounded
+    trees      which trees OBJECTS are kept for, and which of them are mounted: what may be evicted (by `actors.cache`), and what not
     mounts     mounting all of it, finding and removing what is mounted
     greeting   what the kernel is told on LAZY's connection before there is a server
     wire       what a LAZY server and its parent say to each other (no FUSE in it: the parent imports it)

@@ -92,6 +92,11 @@ class ObjectTable:
             raise CorruptTable(f"{self._path}: the source of row {index} lies outside of the file")
         return Row(key.hex(), size_bytes, bytes(self._map[place : place + length]))
 
+    def keys(self) -> bytes:
+        """The keys of all rows, 32 bytes each, sorted."""
+        rows = self._map[_HEADER.size : _HEADER.size + _ROW.size * self._count]
+        return b"".join(key for key, *_ in _ROW.iter_unpack(rows))
+
     def find(self, key: str) -> int | None:
         """The index of the object with that key, None when there is none (or `key` is not 64 lower-case hex digits)."""
         try:

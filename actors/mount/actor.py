@@ -6,6 +6,7 @@ connection's descriptor belong to the keeper and the kernel: this actor may be r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import Any
@@ -16,6 +17,7 @@ from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
 from actors.lazytree.served import LazyServer, Program
 from actors.lazytree.table import ObjectTable
+from actors.lazytree.trees import Trees
 from actors.lazytree.wire import Progress, ReadFailed, Ready, ServeTree
 from actors.mount import messages, wire
 from actors.mount.journal import staged
@@ -140,6 +142,7 @@ class MountActor(Actor):
                 settings.image.cache_dir,
                 bounds(settings),
                 settings.mount.small_bytes_max,
+                hold=hold_name(self._task),
             )
             self._asked[self.request(SYNCER, job)] = "index"
             self.after(settings.mount.ready_timeout_s, _NotReady())
@@ -325,11 +328,22 @@ class MountActor(Actor):
         waiting.clear()
 
 
+def hold_name(task: str) -> str:
+    """Under which a task's workspace holds its objects."""
+    return f"task.{task}"
+
+
 def unmount_tree(services: Services, task: str, keep_staging: bool) -> None:
     """Remove whatever of a task's workspace is there.  Waits for a sync that is under way.  Raises OSError."""
     layout = services.layout.task(task)
     for target in (layout.workspace, layout.workspace_meta, layout.workspace_lazy):
         mounts.unmount(str(target), lazily=True)
+    with contextlib.suppress(FileNotFoundError):
+        objects = os.open(services.settings.image.cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            Trees(objects, services.settings.run.dir).release(hold_name(task))
+        finally:
+            os.close(objects)
     if not keep_staging:
         remove_staging(layout.workspace_home)
     layout.remove_mount_points(layout.workspace, layout.workspace_meta, layout.workspace_lazy)

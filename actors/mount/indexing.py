@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from actors.lazytree import erofs
+from actors.lazytree import erofs, trees
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import ObjectTable, Row, write_table
+from actors.lazytree.trees import Trees, TreeSource
 from actors.mount.journal import staged
 from actors.mount.listing import TASK_GID, TASK_UID, Bounds, Found, Listing, list_store, open_beneath, open_store, write_listing
 from actors.mount.source import StoredFile
@@ -29,7 +30,6 @@ from actors.mount.source import StoredFile
 META, TABLE = "meta.erofs", "table"  # in the task's directory
 SMALL_BYTES_MAX = 64 << 10
 CACHED_BYTES_MAX = 256 << 20
-FREE_BYTES_MIN = 4 << 30
 PIECE_BYTES_MAX = 1 << 20
 LOOKED_AT_AGAIN_MAX = 2000  # of the objects that were missing the last time; a millisecond or two
 KEPT_MAX = 8  # stores whose last META and table are kept; each at most some 400 bytes an entry
@@ -62,6 +62,8 @@ class _Files:
         self.filling = threading.Lock()
         self.looked_at = 0
         self.absent: list[int] = []
+        self.looked_ns = 0  # when something was last evicted before that
+        self.recorded = 0  # the inode of the record of its tree (`lazytree.trees`)
         self.meta = self.table = -1
         self.meta = os.open(directory, _NAMELESS, 0o600)  # on the disk where the copies will be
         self.table = os.open(directory, _NAMELESS, 0o600)
@@ -82,14 +84,22 @@ class StagedChanges(Exception):
 
 
 class Indexer:
-    """Indexes stores, from any thread."""
+    """Indexes stores, from any thread, for the daemon with this run directory."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: str = "") -> None:
+        self._run_dir = run_dir
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, _Files] = OrderedDict()  # by the store's identity, the longest unused first
 
     def index(
-        self, store: str, directory: str, objects: Objects, bounds: Bounds, small_bytes_max: int, small_s: float
+        self,
+        store: str,
+        directory: str,
+        objects: Objects,
+        bounds: Bounds,
+        small_bytes_max: int,
+        small_s: float,
+        hold: str = "",
     ) -> Indexed:
         """List `store`, which is made if it is missing, and write listing, META and table into the task's `directory`.
 
@@ -109,6 +119,8 @@ class Indexer:
             if files is None:
                 files = _Files(listing, digest, identity, directory)
                 self._keep(identity, files)
+            if hold and files.objects:
+                self._hold(hold, store, identity, files, objects)
             if files.filling.acquire(blocking=False):  # another task's listing of this store may be at it
                 try:
                     _fill(root, files, objects, small_bytes_max, time.monotonic() + small_s)
@@ -121,6 +133,15 @@ class Indexer:
         _copy(files.meta, os.path.join(directory, META))  # the last: whoever finds it finds the others too
         missing = files.objects - files.looked_at + len(files.absent)
         return Indexed(len(listing.entries), files.objects, files.content_bytes, missing, listing.skipped)
+
+    def _hold(self, hold: str, store: str, identity: bytes, files: _Files, objects: Objects) -> None:
+        """Before anybody looks what is in OBJECTS.  Whatever is evicted nevertheless, LAZY answers for."""
+        tree = f"store-{hashlib.sha256(identity).hexdigest()}"
+        held = Trees(objects.descriptor, self._run_dir)
+        if not held.hold_again(hold, tree, files.recorded):
+            with closing(ObjectTable(f"/proc/self/fd/{files.table}")) as table:
+                files.recorded = held.hold(hold, tree, TreeSource(store=store), table.keys())
+        trees.settled(objects.descriptor)
 
     def _kept_files(self, identity: bytes, digest: bytes) -> _Files | None:
         with self._lock:
@@ -168,6 +189,9 @@ def _node(found: Found) -> erofs.Node:
 
 def _fill(root: int, files: _Files, objects: Objects, small_bytes_max: int, until_s: float) -> None:
     """Look again for what was missing; then on, from where it was left off, and copy the small ones."""
+    evicted_ns = trees.last_eviction_ns(objects.descriptor)
+    if evicted_ns != files.looked_ns:
+        files.looked_at, files.absent, files.looked_ns = 0, [], evicted_ns
     if files.looked_at == files.objects and not files.absent:
         return
     with closing(ObjectTable(f"/proc/self/fd/{files.table}")) as table:
@@ -189,7 +213,7 @@ def _fill(root: int, files: _Files, objects: Objects, small_bytes_max: int, unti
 def cache(store: str, directory: str, objects: Objects, rows: Iterable[int]) -> int:
     """Copy objects of the workspace indexed in the task's `directory` to OBJECTS → how many of them are there now.
 
-    Each may have CACHED_BYTES_MAX, and leaves FREE_BYTES_MIN on the disk.  Raises OSError, CorruptTable, IndexError.
+    Each may have CACHED_BYTES_MAX; for what there is no room, nothing is copied.  Raises OSError, CorruptTable, IndexError.
     """
     cached = 0
     root = open_store(store)
@@ -198,9 +222,7 @@ def cache(store: str, directory: str, objects: Objects, rows: Iterable[int]) -> 
             for index in rows:
                 row = table.row(index)
                 if not (there := objects.has(row.key)) and row.size_bytes <= CACHED_BYTES_MAX:
-                    disk = os.fstatvfs(objects.descriptor)
-                    if disk.f_bavail * disk.f_frsize >= row.size_bytes + FREE_BYTES_MIN:
-                        there = _fill_one(root, row, objects)
+                    there = _fill_one(root, row, objects)
                 cached += there
     finally:
         os.close(root)
@@ -208,7 +230,7 @@ def cache(store: str, directory: str, objects: Objects, rows: Iterable[int]) -> 
 
 
 def _fill_one(root: int, row: Row, objects: Objects) -> bool:
-    """Copy a file to OBJECTS, if it still is, and stays, the version that was listed."""
+    """Copy a file to OBJECTS, if it still is, and stays, the version that was listed, and there is room for it."""
     stored = msgspec.msgpack.decode(row.source, type=StoredFile)
     try:
         file = open_beneath(root, stored.path, os.O_RDONLY | os.O_NONBLOCK)
@@ -218,7 +240,7 @@ def _fill_one(root: int, row: Row, objects: Objects) -> bool:
         return False  # it went
     try:
         before = os.fstat(file)
-        with objects.create() as copy:
+        with objects.create(stored.size) as copy:
             done = 0
             while done < stored.size and (count := _copy_range(file, copy.fileno(), stored.size - done, done)):
                 done += count
@@ -228,6 +250,10 @@ def _fill_one(root: int, row: Row, objects: Objects) -> bool:
             if done != stored.size or seen != listed or before.st_ctime_ns != after.st_ctime_ns:
                 return False
             objects.publish(copy, row.key)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return False  # no room
     finally:
         os.close(file)
     return True

@@ -60,7 +60,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     _libc.mallopt(_M_ARENA_MAX, 1)  # an arena to each thread would keep three times as much from being given back
     channel = Channel(end, JOBS)
     settling = _Workers(channel, SETTLING_MAX, _settle, gives_back=False)
-    indexing = _Workers(channel, INDEXING_MAX, partial(_index, Indexer(), settling.jobs.put))
+    indexing = _Workers(channel, INDEXING_MAX, partial(_index, Indexer(order.run_dir), settling.jobs.put))
     changes = Changes()
     syncing = _Workers(channel, SYNCING_MAX, partial(_sync, changes))
     syncing_running = _Workers(channel, SYNCING_RUNNING_MAX, partial(_sync_running, changes))
@@ -139,7 +139,7 @@ def _index(
 ) -> None:
     with closing(Objects(job.objects_dir)) as objects:
         try:
-            listed = indexer.index(job.store, job.directory, objects, job.bounds, job.small_bytes_max, job.small_s)
+            listed = indexer.index(job.store, job.directory, objects, job.bounds, job.small_bytes_max, job.small_s, job.hold)
         except (OSError, TreeTooLarge, StagedChanges) as error:
             send(JobFailed(job.job, str(error)))
             return

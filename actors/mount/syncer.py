@@ -117,7 +117,7 @@ class SyncerActor(Actor):
     def _make(self) -> Process:
         lock = self._services.layout.run / "syncer.lock"
         evict(lock)
-        order = wire.SyncerArguments(str(lock))
+        order = wire.SyncerArguments(str(lock), self._services.settings.run.dir)
         return self._services.isolation.start(SYNCER, "actors.mount.process:serve", order, wire.ANSWERS)
 
 

@@ -13,15 +13,20 @@ TEXT_BYTES_MAX = 32 << 10  # of all the paths in one answer
 
 
 class SyncerArguments(Message, frozen=True):
-    """`lock`: a file that a syncer locks for its life; the next one's parent finds by it one that was left behind."""
+    """`lock`: a file that a syncer locks for its life; the next one's parent finds by it one that was left behind.
+
+    `run_dir`: the daemon's, in whose name what a workspace was indexed on is held.
+    """
 
     lock: str
+    run_dir: str = ""
 
 
 class IndexWorkspace(Message, frozen=True):
     """Make META, object table and listing of `store`, which is made if it is missing, in the task's `directory`.
 
-    Small files are copied to `objects_dir`, at most `small_bytes_max` in all and for at most `small_s`.
+    Small files are copied to `objects_dir`, at most `small_bytes_max` in all and for at most `small_s`.  `hold`: under this name all
+    that is there of its content is kept from being evicted, until the name is given back; "": it is not.
     """
 
     job: str
@@ -31,6 +36,7 @@ class IndexWorkspace(Message, frozen=True):
     bounds: Bounds = Bounds()
     small_bytes_max: int = 256 << 20
     small_s: float = 0.5
+    hold: str = ""
 
 
 class Indexed(Message, frozen=True):

@@ -82,7 +82,7 @@ class Node:
         return answer
 
     def objects(self) -> list[Path]:
-        return [path for path in self.cache.glob("*/*") if path.is_file()]
+        return [path for path in self.cache.glob("??/*") if path.is_file()]
 
     def check_objects(self) -> None:
         """Every object of a file that is not sparse has the content that its name promises."""

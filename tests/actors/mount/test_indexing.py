@@ -7,11 +7,13 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from actors.lazytree.ledger import Limits, set_limits
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import ObjectTable, Row
 from actors.mount import indexing
@@ -295,5 +297,6 @@ def test_what_is_too_large_is_not_cached(workspace: Workspace, store: Path, monk
     monkeypatch.setattr(indexing, "CACHED_BYTES_MAX", (1 << 20) - 1)
     assert cached(workspace, "large") == 0
     monkeypatch.setattr(indexing, "CACHED_BYTES_MAX", 1 << 20)
-    monkeypatch.setattr(indexing, "FREE_BYTES_MIN", 1 << 60)
+    with closing(Objects(str(workspace.objects))) as objects:
+        set_limits(objects.descriptor, Limits(1 << 60, free_bytes_min=1 << 60))
     assert cached(workspace, "large") == 0

@@ -1,0 +1,197 @@
+"""The evictor over real objects: what goes, what is held, and that a kill at any instruction harms nobody."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.cache.evictor import evict
+from actors.lazytree import trees
+from actors.lazytree.ledger import sum_of, taken_bytes, unlinked_bytes
+from actors.lazytree.objects import Objects
+from actors.lazytree.trees import Trees, TreeSource
+from supervisor.lockfile import LockFile
+from tests.actors.lazytree.harness import fork
+
+SOURCE = TreeSource("registry.example/image:1", ["sha256:1"])
+FOREVER = 1 << 60
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> Iterator[Objects]:
+    objects = Objects(str(tmp_path / "objects"))
+    yield objects
+    objects.close()
+
+
+class Node:
+    """A daemon that lives for as long as this process does."""
+
+    def __init__(self, home: Path, objects: Objects) -> None:
+        (home / "run").mkdir(parents=True)
+        self.lock = LockFile(home / "run/keeper.lock")
+        assert self.lock.acquire()
+        self.trees = Trees(objects.descriptor, str(home / "run"))
+        self.trees.announce(str(home / "run"), str(home / "run/images"))
+
+
+@pytest.fixture
+def node(tmp_path: Path, objects: Objects) -> Node:
+    return Node(tmp_path / "node", objects)
+
+
+def put(objects: Objects, *contents: bytes) -> list[bytes]:
+    """Objects of a tree → their keys."""
+    keys = []
+    for content in contents:
+        keys.append(hashlib.sha256(content).digest())
+        with objects.create(len(content)) as file:
+            file.write(content)
+            objects.publish(file, keys[-1].hex())
+    return sorted(keys)
+
+
+def record(objects: Objects, name: str, keys: list[bytes], used_s: float, source: TreeSource = SOURCE) -> None:
+    trees.record(objects.descriptor, name, source, b"".join(keys), used_s)
+
+
+def here(objects: Objects, keys: list[bytes]) -> list[bool]:
+    return [objects.has(key.hex()) for key in keys]
+
+
+def test_the_tree_that_was_used_the_longest_ago_goes_first(objects: Objects) -> None:
+    shared, old, new = put(objects, b"s" * 9000), put(objects, b"o" * 9000), put(objects, b"n" * 9000)
+    record(objects, "new", new + shared, 200)
+    record(objects, "old", old + shared, 100)
+    for name in ("new", "old"):
+        trees.note_whole(objects.descriptor, name)
+    asked: list[TreeSource] = []
+    report = evict(objects, 1, lambda source: not asked.append(source), lambda: None)  # type: ignore[func-returns-value]
+    assert (report.objects, report.freed_bytes, report.short, asked) == (1, 12288, False, [SOURCE])
+    assert here(objects, old + shared + new) == [False, True, True]
+    assert [trees.is_whole(objects.descriptor, name) for name in ("old", "new")] == [False, True]
+    assert sum_of(objects.descriptor).used_bytes == 2 * 12288
+    assert evict(objects, FOREVER, lambda _: True, lambda: None).short
+    assert here(objects, shared + new) == [False, False] and not trees.is_whole(objects.descriptor, "new")
+
+
+def test_what_is_mounted_or_cannot_be_had_again_stays(objects: Objects, node: Node) -> None:
+    held, lost, other = put(objects, b"h" * 9000), put(objects, b"l" * 9000), put(objects, b"o" * 9000)
+    gone = TreeSource("gone.example/image:1", ["sha256:2"])
+    record(objects, "lost", lost, 2, gone)
+    record(objects, "other", other, 3)
+    node.trees.hold("mount", "held", SOURCE, b"".join(held))
+    report = evict(objects, FOREVER, lambda source: source != gone, lambda: None)
+    assert report.short and here(objects, held + lost + other) == [True, True, False]
+    node.trees.release("mount", "held")
+    assert evict(objects, FOREVER, lambda source: source != gone, lambda: None).objects == 1
+    assert here(objects, held + lost) == [False, True]
+
+
+def test_a_hold_is_on_what_the_tree_was_then(objects: Objects, node: Node) -> None:
+    """A workspace's store changes, and is listed again, while a task is on its first listing."""
+    first, second = put(objects, b"1" * 9000), put(objects, b"2" * 9000)
+    store = TreeSource(store="/store")
+    inode = node.trees.hold("task-1", "store", store, b"".join(first))
+    assert node.trees.hold_again("task-2", "store", inode)
+    assert node.trees.hold("task-3", "store", store, b"".join(second)) != inode
+    assert not node.trees.hold_again("task-4", "store", inode)
+    for name in ("task-2", "task-3", "task-4"):
+        node.trees.release(name)
+    evict(objects, FOREVER, lambda _: True, lambda: None)
+    assert here(objects, first + second) == [True, False]
+
+
+def test_holds_of_a_daemon_that_is_no_more_count_for_nothing(objects: Objects, node: Node) -> None:
+    keys = put(objects, b"x" * 9000)
+    node.trees.hold("mount", "tree", SOURCE, b"".join(keys))
+    evict(objects, FOREVER, lambda _: True, lambda: None)
+    assert here(objects, keys) == [True] and node.trees.holds() == ["mount"]
+    node.lock.close()
+    evict(objects, FOREVER, lambda _: True, lambda: None)
+    assert here(objects, keys) == [False] and node.trees.holds() == []
+
+
+def test_what_somebody_is_just_building_stays(objects: Objects, tmp_path: Path) -> None:
+    old = put(objects, b"old")
+    objects.close()
+    time.sleep(1.1)  # file systems' clocks are coarse, and the evictor leaves a second for that
+    builder = Objects(str(tmp_path / "objects"))
+    new = put(builder, b"new")
+    objects.__init__(str(tmp_path / "objects"))  # type: ignore[misc]
+    evict(objects, FOREVER, lambda _: True, lambda: None)
+    assert here(objects, old + new) == [False, True]
+    builder.close()
+
+
+def test_what_comes_into_use_while_registries_are_asked_stays(objects: Objects, node: Node) -> None:
+    held, used, other = put(objects, b"h" * 9000), put(objects, b"u" * 9000), put(objects, b"o" * 9000)
+    for number, (name, keys) in enumerate((("held", held), ("used", used), ("other", other))):
+        record(objects, name, keys, number + 1)
+
+    def has(source: TreeSource) -> bool:
+        node.trees.hold("mount", "held", SOURCE, b"".join(held))
+        os.utime("trees/used", dir_fd=objects.descriptor)
+        return True
+
+    assert evict(objects, FOREVER, has, lambda: None).objects == 1
+    assert here(objects, held + used + other) == [True, True, False]
+
+
+def test_nobody_counts_on_anything_while_it_goes(objects: Objects) -> None:
+    with trees.evicting(objects.descriptor, 1) as mine:
+        assert mine and not trees.settled(objects.descriptor, 0.05)
+        with trees.evicting(objects.descriptor, 0.05) as other:
+            assert not other
+    assert trees.settled(objects.descriptor)
+
+
+def test_killed_at_any_instruction(tmp_path: Path) -> None:
+    """Evictors are killed one after another, beside a daemon that holds, publishes and looks: held objects stay, and the sums are right."""
+    chance = random.Random(5)
+    objects = Objects(str(tmp_path / "objects"))
+    node = Node(tmp_path / "node", objects)
+    contents = [b"%d " % number * 1500 for number in range(60)]
+
+    def work() -> None:
+        mine = Objects(str(tmp_path / "objects"))
+        while True:
+            evict(mine, 100_000, lambda _: True, lambda: None)
+
+    kept_whole = 0
+    for round_ in range(40):
+        name = f"tree{round_ % 7}"
+        keys = put(objects, *chance.sample(contents, 20))
+        pid = fork(work)
+        node.trees.hold("mount", name, SOURCE, b"".join(keys))
+        assert trees.settled(objects.descriptor, 10)
+        seen = here(objects, keys)
+        if all(seen):
+            trees.note_whole(objects.descriptor, name)
+        until_s = time.monotonic() + chance.uniform(0, 0.03)
+        while time.monotonic() < until_s:
+            put(objects, chance.choice(contents))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert [now for now, then in zip(here(objects, keys), seen, strict=True) if then and not now] == []
+        node.trees.release("mount", name)
+        # What is said to be whole is.
+        for tree in trees.trees(objects.descriptor):
+            if trees.is_whole(objects.descriptor, tree.name):
+                kept_whole += 1
+                assert all(here(objects, [tree.keys[at : at + 32] for at in range(0, len(tree.keys), 32)]))
+        other = Objects(str(tmp_path / "objects"))
+        _ = other.ledger
+        there = sum(taken_bytes(path.stat()) for path in (tmp_path / "objects").glob("??/*") if len(path.parent.name) == 2)
+        assert sum_of(objects.descriptor).used_bytes == there + unlinked_bytes(objects.descriptor)
+        other.close()
+    gone = [there for there in here(objects, [hashlib.sha256(each).digest() for each in contents]) if not there]
+    assert gone and kept_whole
+    objects.close()
