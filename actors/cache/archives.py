@@ -114,6 +114,10 @@ def _remove(path: str) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)  # whoever opened it, and waits for the lock, sees that it has no name
+        directory, name = os.path.split(path)
+        for beside in os.listdir(directory):  # traces, which are of no use without it
+            if beside.startswith(name.removesuffix(SUFFIX) + "."):
+                os.unlink(os.path.join(directory, beside))
         return True
     except (BlockingIOError, FileNotFoundError):
         return False

@@ -47,6 +47,7 @@ def evict(objects: Objects, wanted_bytes: int, has: Callable[[TreeSource], bool]
             return report
         report.freed_bytes += objects.ledger.forget_freed()
         trees.held(directory)  # without those of daemons that are no more
+        trees.remove_abandoned(directory)
     if wanted_bytes <= report.freed_bytes:
         return report
     known = trees.trees(directory)

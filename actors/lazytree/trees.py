@@ -37,6 +37,7 @@ from supervisor.lockfile import holder_of
 TREES, WHOLE, HOLDS, DAEMONS, EVICTING = "trees", "whole", "holds", "daemons", "evicting"
 LOCKS = ("keeper.lock", "root.lock")  # in a daemon's run directory: somebody of it lives
 PATIENCE_S = 0.3
+ABANDONED_S = 3600.0  # nobody writes a file for so long
 _LOOK_S = 0.005
 _MAGIC = b"AERIETR1"
 _HEADER = struct.Struct("<8sI")
@@ -225,6 +226,16 @@ def trees(directory: int, other_than: Mapping[str, int] = MappingProxyType({})) 
     return found
 
 
+def remove_abandoned(directory: int) -> None:
+    """Remove the files that writers who were killed have left half written."""
+    for parent in (".", TREES, DAEMONS):
+        for name in _names(directory, parent, hidden=True):
+            with contextlib.suppress(FileNotFoundError):
+                path = f"{parent}/{name}"
+                if time.time() - os.stat(path, dir_fd=directory).st_mtime > ABANDONED_S:
+                    os.unlink(path, dir_fd=directory)
+
+
 def forget(directory: int, tree: Tree) -> None:
     """Nothing of the tree is left."""
     with contextlib.suppress(FileNotFoundError):
@@ -289,13 +300,13 @@ def _lock(directory: int) -> int:
     return os.open(EVICTING, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
 
 
-def _names(directory: int, name: str) -> list[str]:
+def _names(directory: int, name: str, hidden: bool = False) -> list[str]:
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:
         return []
     try:
-        return [found for found in os.listdir(descriptor) if not found.startswith(".")]
+        return [found for found in os.listdir(descriptor) if found.startswith(".") == hidden]
     finally:
         os.close(descriptor)
 

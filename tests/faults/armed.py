@@ -353,7 +353,10 @@ def operation_name(operation: str, task: str) -> str:
     name = re.sub(r"/[0-9a-f]{2}(?=$| )", "/PREFIX", name)
     name = re.sub(r"DIGEST\.[0-9a-f]{16}\.tmp", "DIGEST.tmp", name)
     name = re.sub(r"(\.aerie-sync/TASK/[a-z]+)-[0-9a-f-]+", r"\1", name)
-    name = re.sub(r"(holds|daemons)/[0-9a-f]{16}", r"\1/DAEMON", name)
+    name = re.sub(r"(holds|daemons)/(\.?)[0-9a-f]{16}", r"\1/\2DAEMON", name)
+    name = re.sub(r"store-[0-9a-f]{64}", "STORE", name)
+    name = re.sub(r"(cache/\S*\.\S+)\.\d+\.\d{6,}$", r"\1", name)
+    name = re.sub(r"ledgers/\d+", "ledgers/N", name)
     name = re.sub(r"RUN/\.\d+", "RUN/.PID", name)
     return re.sub(r"127\.0\.0\.1:\d+/\S+", "IMAGE", name)
 

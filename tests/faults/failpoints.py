@@ -207,6 +207,8 @@ ISOLATED: dict[str, dict[str, tuple[str, ...]]] = {
             "write STATE/tasks/TASK/workspace/meta.erofs.new",
             "torn write STATE/tasks/TASK/workspace/meta.erofs.new",
             "rename STATE/tasks/TASK/workspace/meta.erofs",
+            "rename STATE/images/cache/trees/STORE",
+            "link STATE/images/cache/holds/DAEMON.task.TASK",
             "say Indexed",
             "write STATE/tasks/TASK/workspace/synced",
             "torn write STATE/tasks/TASK/workspace/synced",
@@ -261,7 +263,7 @@ ISOLATED: dict[str, dict[str, tuple[str, ...]]] = {
             "rmdir STATE/workspaces/TASK/.aerie-sync/TASK",
             "say Synced",
         ),
-        "small files": ("link STATE/images/cache/OBJECT",),
+        "small files": ("add STATE/images/cache/ledgers/N", "link STATE/images/cache/OBJECT"),
         "while it runs": (
             "link STATE/workspaces/TASK/.aerie-sync/TASK/was",
             "rename STATE/workspaces/TASK/changed",
@@ -299,6 +301,7 @@ ISOLATED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "image builder": {
         "a new image": (
+            "add STATE/images/cache/ledgers/N",
             "link STATE/images/cache/OBJECT",
             "write STATE/images/cache/synced",
             "chmod STATE/images/cache/synced",
@@ -432,8 +435,17 @@ AT_EVERY_START = (
     "write STATE/boot",
     "commit DELETE leases",
     *(f"{who}: mkdir STATE/images/cache" for who in ("syncer", "image builder")),
+    *(f"{who}: mkdir STATE/images/cache/ledgers" for who in ("syncer", "image builder")),
+    *(f"{who}: write STATE/images/cache/ledgers/N" for who in ("syncer", "image builder")),
     *(f"{who}: write STATE/images/cache/synced" for who in ("syncer", "image builder")),
     "image builder: mkdir STATE/images/archives",
+    "syncer: utime STATE/images/cache/trees/STORE",
+    "syncer: write STATE/images/cache/trees/.STORE",
+    "syncer: write STATE/images/cache/evicting",
+    "syncer: remove STATE/images/cache/whole/STORE",
+    "syncer: remove STATE/images/cache/holds/DAEMON.task.TASK",
+    "utime STATE/images/archives/DIGEST.aerie",
+    "utime STATE/images/cache/trees/DIGEST",
     "syncer: mkdir STATE/workspaces",
     "syncer: mkdir STATE/workspaces/TASK",
 )
