@@ -25,6 +25,7 @@ from actors.image.errors import ArchiveInvalid
 from actors.image.pack import Chunk, Pack, PackInvalid, chunks_of, pack_path, write_pack
 from actors.image.spool import Spool
 from actors.image.wire import Completed, MakePack, PackAbsent, PackComing, PackMade, PackThrough, StreamPack
+from actors.lazytree.ledger import NoRoom
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import Row
 from supervisor.channel import Channel, ChannelClosed
@@ -138,14 +139,14 @@ class Content:
         assert row is not None and content is not None and self.spool is not None
         if hashlib.sha256(data).digest() != chunk_of(row, content, chunk.number)[1]:
             raise PackInvalid(f"chunk {chunk.number} of content {row.key[:12]} is not what its digest says")
-        if len(data) < row.size_bytes:
-            self.spool.write(self.spool.place(content) + chunk.number * CHUNK_BYTES, memoryview(data))
-            return False
-        # What overlayfs finds here when it opens the file never asks a server.
-        with self.objects.create() as file:
-            file.write(data)
-            self.objects.publish(file, row.key)
-        return True
+        if len(data) == row.size_bytes:
+            # What overlayfs finds here when it opens the file never asks a server.
+            with contextlib.suppress(NoRoom), self.objects.create(len(data)) as file:
+                file.write(data)
+                self.objects.publish(file, row.key)
+                return True
+        self.spool.write(self.spool.place(content) + chunk.number * CHUNK_BYTES, memoryview(data))
+        return False
 
     def count(self, row: int) -> int:
         """The chunks of the object in that row."""
