@@ -27,6 +27,16 @@ class State(Enum):
     FAILED = "failed"  # its budget for a cause is used up
 
 
+class Phase(Enum):
+    """Of a supervisor."""
+
+    NEW = "new"
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDING = "ending"
+    ENDED = "ended"
+
+
 # --- events ---
 
 

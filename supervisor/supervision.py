@@ -1,7 +1,8 @@
 """The rule book: which child is started, stopped, killed, started again, given up, and when the supervisor itself has to end.
 
 Rule 1: every decision of a supervisor is made here, and nothing else is: no thread, no clock, no chance, no I/O.  `Supervision` is
-told what has happened and when (`rules`: the events), and says what is to be done (the effects).  `tree` does it with actors.
+told what has happened and when (`rules`: the events), and says what is to be done (the effects).  `tree` does it with actors.  What the
+calls of an administrator are answered is in `administration`.
 
 The rules are Erlang/OTP's (stdlib, supervisor), to the letter where it has one.  What differs, and why:
 
@@ -25,9 +26,9 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from enum import Enum
 from typing import Any, Final
 
+from supervisor.administration import CALLS, LATER, Refusal
 from supervisor.children import ALIVE, AT_REST, BUSY, Child, Unbegun, acceptable
 from supervisor.deadlines import Deadlines
 from supervisor.exits import Begun, Cause, Exit, Exited
@@ -35,49 +36,31 @@ from supervisor.restarts import Backoff, Window
 from supervisor.rules import (
     Begin,
     Call,
-    CountChildren,
-    Counts,
-    DeleteChild,
     Down,
     Effect,
     End,
-    EnsureChild,
     Event,
     Expect,
     Forget,
-    GetChildSpec,
     Hung,
     Kill,
     Launch,
+    Phase,
     Refuse,
     Reply,
     Report,
-    RestartChild,
     Row,
-    StartChild,
     State,
     Tell,
-    TerminateChild,
     Tick,
     Up,
     Wake,
     What,
-    WhichChildren,
 )
 from supervisor.spec import AutoShutdown, ChildSpec, Flags, Restart, SpecError, Type, check_children
 from supervisor.strategy import Strategy, affected
 
 LANE: Final = ""  # no child has this id; its deadline is when the lane's pause is over
-
-
-class Phase(Enum):
-    """Of the supervisor."""
-
-    NEW = "new"
-    STARTING = "starting"
-    RUNNING = "running"
-    ENDING = "ending"
-    ENDED = "ended"
 
 
 class Supervision:
@@ -109,7 +92,7 @@ class Supervision:
         self._now_s = 0.0
         self._effects: list[Effect] = []
         for spec in specs:
-            self._add(spec, Unbegun.ABORT)
+            self.add(spec, Unbegun.ABORT)
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """What has happened at `now_s` (any clock that never goes back) → what is to be done, in this order."""
@@ -125,7 +108,7 @@ class Supervision:
             case Tick(due_s):
                 self._tick(due_s)
             case Call(request, asker) if self.phase is not Phase.ENDED:
-                CALLS[type(request)](self, request, asker)
+                self._call(request, asker)
             case Call(_, asker):
                 self._effects.append(Refuse(asker, "the supervisor has ended"))
             case Begun(id, generation) | Exited(id, generation) | Hung(id, generation):
@@ -283,13 +266,6 @@ class Supervision:
 
     # --- doing ---
 
-    def _add(self, spec: ChildSpec, unbegun: Unbegun) -> Child:
-        flags = self.flags
-        reset_s = flags.period_s if flags.reset_s is None else flags.reset_s
-        child = Child(spec, Backoff(flags.backoff_s, reset_s, jitter=flags.jitter), unbegun)
-        self.children[spec.id] = child
-        return child
-
     def _launch(self, child: Child) -> None:
         self._enter(child, State.STARTING)
         child.generation = next(self._generations)
@@ -418,96 +394,32 @@ class Supervision:
         if child.state in (State.STARTING, State.RUNNING):
             self._stop(child)
 
-    # --- administration ---
+    # --- what is asked for by hand, for `administration` ---
 
-    def _start_child(self, request: StartChild, asker: Any) -> None:
-        known = self.children.get(request.spec.id)
+    def _call(self, request: Any, asker: Any) -> None:
         try:
-            check_children([request.spec], self.flags)
-        except SpecError as error:
-            self._effects.append(Refuse(asker, str(error)))
-            return
-        if known is not None:
-            said = "has been started already" if known.state in ALIVE else "is present already"
-            self._effects.append(Refuse(asker, f"{request.spec.id} {said}"))
-        elif self.phase is Phase.ENDING:
-            self._effects.append(Refuse(asker, "the supervisor ends"))
+            answer = CALLS[type(request)](self, request, asker)
+        except (Refusal, SpecError) as refused:
+            self._effects.append(Refuse(asker, str(refused)))
         else:
-            self._start_by_hand(self._add(request.spec, Unbegun.DISCARD), asker)
+            if answer is not LATER:
+                self._effects.append(Reply(asker, answer))
 
-    def _ensure_child(self, request: EnsureChild, asker: Any) -> None:
-        child = self.children.get(request.spec.id)
-        try:
-            check_children([request.spec], self.flags)
-        except SpecError as error:
-            self._effects.append(Refuse(asker, str(error)))
-            return
-        if self.phase is Phase.ENDING:
-            self._effects.append(Refuse(asker, "the supervisor ends"))
-            return
-        if child is None:
-            child = self._add(request.spec, Unbegun.RETRY)
-        if child.state in AT_REST:
-            self._start_by_hand(child)
-        self._effects.append(Reply(asker, child.row()))
+    @property
+    def alive(self) -> int:
+        """How many children are started and have not ended."""
+        return self._alive
 
-    def _terminate_child(self, request: TerminateChild, asker: Any) -> None:
-        child = self._known(request.id, asker)
-        if child is None:
-            return
-        self._to_start = deque(id for id in self._to_start if id != request.id)
-        self._refuse(child, f"{child.spec.id} is terminated")
-        if child.state in ALIVE:
-            child.terminating, child.verdict = True, None
-            child.askers.append(asker)
-            self._stop_in_lane(child)
-            return
-        self._rest(child)
-        self._effects.append(Reply(asker, None))
-
-    def _restart_child(self, request: RestartChild, asker: Any) -> None:
-        child = self._known(request.id, asker)
-        if child is None:
-            return
-        if self.phase is Phase.ENDING:
-            self._effects.append(Refuse(asker, "the supervisor ends"))
-        elif self._is_at_rest(child, asker):
-            child.unbegun = Unbegun.KEEP
-            self._start_by_hand(child, asker)
-
-    def _delete_child(self, request: DeleteChild, asker: Any) -> None:
-        child = self._known(request.id, asker)
-        if child is not None and self._is_at_rest(child, asker):
-            del self.children[request.id]
-            self._effects.append(Reply(asker, None))
-
-    def _which_children(self, request: WhichChildren, asker: Any) -> None:
-        self._effects.append(Reply(asker, tuple(child.row() for child in self.children.values())))
-
-    def _count_children(self, request: CountChildren, asker: Any) -> None:
-        supervisors = sum(child.spec.type is Type.SUPERVISOR for child in self.children.values())
-        specs = len(self.children)
-        self._effects.append(Reply(asker, Counts(specs, self._alive, supervisors, specs - supervisors)))
-
-    def _get_child_spec(self, request: GetChildSpec, asker: Any) -> None:
-        child = self._known(request.id, asker)
-        if child is not None:
-            self._effects.append(Reply(asker, child.spec))
-
-    def _known(self, id: str, asker: Any) -> Child | None:
-        child = self.children.get(id)
-        if child is None:
-            self._effects.append(Refuse(asker, f"there is no child {id}"))
+    def add(self, spec: ChildSpec, unbegun: Unbegun) -> Child:
+        """Know a child, which is down."""
+        flags = self.flags
+        reset_s = flags.period_s if flags.reset_s is None else flags.reset_s
+        child = Child(spec, Backoff(flags.backoff_s, reset_s, jitter=flags.jitter), unbegun)
+        self.children[spec.id] = child
         return child
 
-    def _is_at_rest(self, child: Child, asker: Any) -> bool:
-        if child.state in AT_REST:
-            return True
-        said = "is being restarted" if child.state is State.RESTARTING else "is running"
-        self._effects.append(Refuse(asker, f"{child.spec.id} {said}"))
-        return False
-
-    def _start_by_hand(self, child: Child, *askers: Any) -> None:
+    def start_by_hand(self, child: Child, *askers: Any) -> None:
+        """Start a child that is at rest; `askers` have an answer when it has begun, or could not."""
         child.askers += askers
         child.windows.clear()  # who starts it by hand has mended what there was
         if self.flags.strategy.grouped or self.phase in (Phase.NEW, Phase.STARTING):
@@ -516,6 +428,18 @@ class Supervision:
             self._to_start = deque(id for id in self.children if id in waiting)
         else:
             self._launch(child)
+
+    def terminate(self, child: Child, asker: Any) -> bool:
+        """Have a child end, and stay so → whether it has already; else `asker` has an answer when it has."""
+        self._to_start = deque(id for id in self._to_start if id != child.spec.id)
+        self._refuse(child, f"{child.spec.id} is terminated")
+        if child.state in ALIVE:
+            child.terminating, child.verdict = True, None
+            child.askers.append(asker)
+            self._stop_in_lane(child)
+            return False
+        self._rest(child)
+        return True
 
 
 Handler = Callable[[Supervision, Child, Any], None]
@@ -530,15 +454,4 @@ TABLE: Final[dict[tuple[State, type[Any]], Handler]] = {
     (State.STOPPING, Exited): Supervision._is_down,
     (State.STOPPING, Tick): Supervision._takes_too_long_to_end,
     (State.KILLING, Exited): Supervision._is_down,
-}
-
-CALLS: Final[dict[type[Any], Callable[[Supervision, Any, Any], None]]] = {
-    StartChild: Supervision._start_child,
-    EnsureChild: Supervision._ensure_child,
-    TerminateChild: Supervision._terminate_child,
-    RestartChild: Supervision._restart_child,
-    DeleteChild: Supervision._delete_child,
-    WhichChildren: Supervision._which_children,
-    CountChildren: Supervision._count_children,
-    GetChildSpec: Supervision._get_child_spec,
 }

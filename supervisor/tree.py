@@ -36,6 +36,7 @@ from supervisor.rules import (
     Hung,
     Kill,
     Launch,
+    Phase,
     Refuse,
     Reply,
     Report,
@@ -49,7 +50,7 @@ from supervisor.rules import (
 )
 from supervisor.rules import Event as Happening
 from supervisor.spec import ChildSpec, Flags, SpecError, Type, check_children
-from supervisor.supervision import Phase, Supervision
+from supervisor.supervision import Supervision
 from supervisor.system import System
 
 __all__ = ["StartFailed", "Supervisor", "System"]

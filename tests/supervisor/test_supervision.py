@@ -12,10 +12,12 @@ import re
 import sys
 import time
 import weakref
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from supervisor import administration, supervision
 from supervisor.exits import Cause, Exit
 from supervisor.rules import (
     CountChildren,
@@ -838,12 +840,12 @@ def test_otp_81_significant_escalation(mode: AutoShutdown) -> None:
 # --- and of the core itself ---
 
 
-def test_it_is_pure() -> None:
+@pytest.mark.parametrize("module", [supervision, administration])
+def test_it_is_pure(module: ModuleType) -> None:
     """It imports nothing that could do something, and reads no clock."""
-    import supervisor.supervision as module
-
     source = inspect.getsource(module)
     imported = set(re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE))
     pure = {"__future__", "itertools", "math", "random", "collections", "collections.abc", "dataclasses", "enum", "typing"}
-    ours = {f"supervisor.{name}" for name in ("children", "deadlines", "exits", "restarts", "rules", "spec", "strategy")}
+    others = ("administration", "children", "deadlines", "exits", "restarts", "rules", "spec", "strategy")
+    ours = {f"supervisor.{name}" for name in others}
     assert imported <= pure | ours
