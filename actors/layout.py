@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+# linux/fs.h
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS, _FS_TOPDIR_FL = 0x80086601, 0x40086602, 0x00020000
 
 
 @dataclass(frozen=True)
@@ -141,3 +146,20 @@ class TaskLayout:
             except OSError as error:
                 if directory is not self.volatile or error.errno != errno.ENOTEMPTY:
                     raise
+
+
+def spread(directory: Path) -> None:
+    """Tell the file system that the directories in this one have nothing to do with each other (`chattr +T`); where that means nothing,
+    nothing happens.
+
+    ext4 then puts each into a block group of its own.  All in one, a hundred thousand inodes come and go in it, and each new one is
+    looked for among those that went lately: without a journal that was a quarter of the root supervisor's time at fifty tasks at once.
+    """
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = int.from_bytes(fcntl.ioctl(opened, _FS_IOC_GETFLAGS, bytes(8)), "little")
+        fcntl.ioctl(opened, _FS_IOC_SETFLAGS, (flags | _FS_TOPDIR_FL).to_bytes(8, "little"))
+    except OSError:  # a file system without such flags, or without this one
+        pass
+    finally:
+        os.close(opened)

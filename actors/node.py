@@ -36,7 +36,7 @@ from actors.gateway.local import listen
 from actors.gateway.messages import SOCKET_NAME
 from actors.image.actor import ImageActor
 from actors.image.messages import CloseImages
-from actors.layout import Layout
+from actors.layout import Layout, spread
 from actors.mount.messages import CleanupAll
 from actors.mount.supervisor import MountSupervisor
 from actors.mount.syncer import SyncerActor
@@ -126,6 +126,8 @@ def gather(
         layout.served,
     ):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    for directory in (layout.state / "tasks", layout.run / "tasks", layout.workspaces):
+        spread(directory)
     descriptors = Descriptors(layout.run / "keeper.sock", stand_in_argv, watcher, events)
     descriptors.connect()
     reserve = Reserve(layout.reserve, RESERVE_BYTES)
