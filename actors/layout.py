@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 # linux/fs.h
@@ -72,63 +73,63 @@ class TaskLayout:
 
     # durable
 
-    @property
+    @cached_property
     def attempt_lock(self) -> Path:
         """Locked by conmon, the keeper and the root supervisor for as long as the attempt may live."""
         return self.durable / "attempt"
 
-    @property
+    @cached_property
     def output(self) -> Path:
         return self.durable / "output"
 
-    @property
+    @cached_property
     def journal(self) -> Path:
         return self.output / "journal"
 
-    @property
+    @cached_property
     def root_upper(self) -> Path:
         return self.durable / "root" / "upper"
 
-    @property
+    @cached_property
     def root_work(self) -> Path:
         return self.durable / "root" / "work"
 
-    @property
+    @cached_property
     def workspace_home(self) -> Path:
         """META and object table of the workspace, its staging directories, and the syncer's journal."""
         return self.durable / "workspace"
 
-    @property
+    @cached_property
     def staging(self) -> Path:
         return self.workspace_home / "upper"
 
-    @property
+    @cached_property
     def staging_work(self) -> Path:
         return self.workspace_home / "work"
 
     # volatile
 
-    @property
+    @cached_property
     def root(self) -> Path:
         return self.volatile / "root"
 
-    @property
+    @cached_property
     def workspace(self) -> Path:
         return self.volatile / "workspace"
 
-    @property
+    @cached_property
     def workspace_meta(self) -> Path:
         return self.volatile / "meta"
 
-    @property
+    @cached_property
     def workspace_lazy(self) -> Path:
         return self.volatile / "lazy"
 
-    @property
+    @cached_property
     def bundle(self) -> Path:
         return self.volatile / "bundle"
 
-    @property
+    @cached_property
     def monitor(self) -> Path:
         """conmon's own files: pid files, exit files, sockets."""
         return self.volatile / "monitor"

@@ -142,6 +142,7 @@ def end(attempt: Attempt) -> None:
     """End and delete the container, if there is one, and its conmon.  Raises OSError, ContainerError, TimeoutError."""
     # First conmon, which may be in the middle of creating what is looked for below.
     conmon.end(attempt.container, DELETE_TIMEOUT_S)
-    attempt.cgroup.kill(DELETE_TIMEOUT_S)
+    if not attempt.cgroup.remove_if_empty():
+        attempt.cgroup.kill(DELETE_TIMEOUT_S)
     conmon.delete(attempt.container, DELETE_TIMEOUT_S, force=True)
     attempt.cgroup.remove()

@@ -236,10 +236,11 @@ def pipe_ends(created: Created) -> dict[str, int]:
         conmon = open_pidfd(created.conmon_pid)
         # conmon reads nothing else that the container writes; of what it writes, stdout comes first (for runsc these are not
         # descriptors 1 and 2 of the first process, which is its kernel).
-        reads = {pipe: number for number, pipe in _pipes(created.conmon_pid, os.O_RDONLY)}
         writes = [os.readlink(f"/proc/{created.container_pid}/fd/{number}") for number in (1, 2)]
+        reads = {pipe: number for number, pipe in _pipes(created.conmon_pid, os.O_RDONLY, writes)}
         if not reads.keys() >= set(writes):
             writes = [pipe for _, pipe in _pipes(created.container_pid, os.O_WRONLY)]
+            reads = {pipe: number for number, pipe in _pipes(created.conmon_pid, os.O_RDONLY, writes)}
         numbers = dict.fromkeys(reads[pipe] for pipe in writes if pipe in reads)
         for stream, number in zip(("stdout", "stderr"), numbers, strict=True):
             copies[stream] = copy_descriptor(conmon, number)
@@ -392,13 +393,15 @@ def _run(container: Container, arguments: Sequence[str], timeout_s: float) -> su
         raise ContainerError(f"{runtime.name} {arguments[0]} of the container {container.id} failed: {error}") from None
 
 
-def _pipes(pid: int, access: int) -> list[tuple[int, str]]:
-    """The pipes that a process has open for `access` (O_RDONLY, O_WRONLY): descriptor and name, in the descriptors' order."""
+def _pipes(pid: int, access: int, among: Sequence[str] | None = None) -> list[tuple[int, str]]:
+    """The pipes, of those named or of all, that a process has open for `access` (O_RDONLY, O_WRONLY): descriptor and name, in the
+    descriptors' order.
+    """
     found = []
     for number in sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd")):
         with contextlib.suppress(FileNotFoundError):  # closed since it was listed
             name = os.readlink(f"/proc/{pid}/fd/{number}")
-            if name.startswith("pipe:"):
+            if name.startswith("pipe:") and (among is None or name in among):
                 with open(f"/proc/{pid}/fdinfo/{number}") as file:
                     flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
                 if flags & os.O_ACCMODE == access:

@@ -82,7 +82,7 @@ def stand_in(root: Path, unified: bool, files: dict[str, str]) -> Cgroup:
     (root / "task").mkdir(parents=True)
     for name, text in files.items():
         (root / "task" / name).write_text(text)
-    return Cgroup("/task", [Hierarchy(root, unified)])
+    return Cgroup("/task", [Hierarchy(root, unified, () if unified else ("memory",))])
 
 
 def test_counters_of_v1(tmp_path: Path) -> None:
