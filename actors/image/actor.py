@@ -20,6 +20,7 @@ from actors.image.leases import Leases, held_still, login_of, task_of
 from actors.image.mounted import ImageMount, Mounted, NotMounted, Removed, unmount_others
 from actors.image.prefetching import Prepared
 from actors.image.reference import Reference
+from actors.image.wire import RESOLVING
 from actors.lazytree import mounts
 from actors.lazytree.wire import ReadFailed
 from actors.sandbox.messages import ReadFailed as TaskReadFailed
@@ -31,14 +32,28 @@ from supervisor.tree import System
 SHARING_PATIENCE_S = (
     10.0  # for archives on their way to the bucket when the daemon stops; another node builds what is not there
 )
+# How long a task whose image is here waits for the registry's word on what its tag names now; and how long the last word is believed after
+# the registry was found to be away: not every task waits.
+RESOLVING_S, BELIEVED_S = 3.0, 30.0
+AWAY = ("unreachable", "registry")  # kinds of errors that say nothing about the image
 
 
 @dataclass
 class Preparing:
-    """A builder at work for a reference, and who waits for it."""
+    """A builder at work for a reference, and who waits for it.  `known`: what the reference named before, and is here."""
 
     building: Building
     waiting: list[Asked]
+    known: Image | None
+    resolving: bool = True  # it still asks what the reference names
+    late: bool = False  # and has done so for longer than anybody waits
+
+
+@dataclass(frozen=True, eq=False)
+class _ResolvingLate:
+    """To itself: a registry has not said in time what a reference names."""
+
+    preparing: Preparing
 
 
 class Refusal(Exception):
@@ -117,6 +132,8 @@ class ImageActor(Actor):
                     self._unmount_idle(image.digest)
             case messages.CloseImages():
                 return self._close()
+            case _ResolvingLate(preparing):
+                self._resolving_late(preparing)
             case messages.StopSharing():
                 for building in list(self._sharing):
                     self._share_over(building)
@@ -151,7 +168,9 @@ class ImageActor(Actor):
             return asked.reply
         known = self._catalogue.known(reference, message.login)
         name = name_of(reference, message.login)
-        if name in self._preparing:
+        if name in self._preparing and self._preparing[name].late and known is not None:
+            self._lease(known, asked)
+        elif name in self._preparing:
             self._preparing[name].waiting.append(asked)
         elif known is not None and self._catalogue.is_fresh(reference, message.login, self._settings.resolve_interval_s):
             self._lease(known, asked)
@@ -334,7 +353,9 @@ class ImageActor(Actor):
     def _build(self, reference: Reference, known: Image | None, asked: Asked) -> None:
         login = asked.message.login
         building = Building(self, self._services, reference, known.digest if known else None, login)
-        self._preparing[name_of(reference, login)] = Preparing(building, [asked])
+        preparing = self._preparing[name_of(reference, login)] = Preparing(building, [asked], known)
+        if known is not None:
+            self.after(RESOLVING_S, _ResolvingLate(preparing))
 
     def _build_again(self, asked: Asked) -> None:
         reference = Reference.parse(asked.message.reference)
@@ -348,6 +369,7 @@ class ImageActor(Actor):
         reference, login = preparing.building.reference, preparing.building.login
         match preparing.building.take(message):
             case wire.Progress() as progress:
+                preparing.resolving = progress.phase == RESOLVING
                 leases = [asked.message.lease for asked in preparing.waiting]
                 self.system.tell(GATEWAY, messages.ImageProgress(leases, shown(str(reference), progress)))
             case wire.Resolved(digest):
@@ -367,13 +389,32 @@ class ImageActor(Actor):
                 self._build_again(asked)
 
     def _build_failed(self, preparing: Preparing, kind: str, error: str) -> None:
-        known = self._catalogue.known(preparing.building.reference, preparing.building.login)
-        if kind == "unreachable" and known is not None:
-            logger.warning("{}: {}; the image it named last, {}, is used", preparing.building.reference, error, known.digest)
+        reference, login = preparing.building.reference, preparing.building.login
+        known = self._catalogue.known(reference, login)
+        if kind in AWAY and known is not None:
+            if not preparing.late:
+                logger.warning("{}: {}; the image it named last, {}, is used", reference, error, known.digest)
+            self._catalogue.believe(reference, login, BELIEVED_S)
             self._built(preparing, known)
             return
         for asked in self._over(preparing):
             asked.reply.set_exception(Refusal(error))
+
+    def _resolving_late(self, preparing: Preparing) -> None:
+        """What is here is used; the builder may go on asking, for those who come later."""
+        if preparing.known is None or not preparing.resolving or preparing not in self._preparing.values():
+            return
+        reference, known = preparing.building.reference, preparing.known
+        logger.warning(
+            "{}: its registry has not said within {:g} s what it names; the image it named last, {}, is used",
+            reference,
+            RESOLVING_S,
+            known.digest,
+        )
+        preparing.late = True
+        waiting, preparing.waiting = preparing.waiting, []
+        for asked in waiting:
+            self._lease(known, asked)
 
     def _over(self, preparing: Preparing, goes_on: bool = False) -> list[Asked]:
         """The builder has said its last word (it ends by itself), or `goes_on` to share what it built → who waits for it."""
@@ -426,6 +467,8 @@ class ImageActor(Actor):
                 image.idle.cancel()
                 image.idle = None
             self._watch_idle(image)
+        for preparing in [preparing for preparing in self._preparing.values() if preparing.late and preparing.resolving]:
+            self._over(preparing)  # it builds nothing
         self.after(SHARING_PATIENCE_S, messages.StopSharing())
         self._check_closed()
         return done

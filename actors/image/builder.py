@@ -22,7 +22,7 @@ from actors.image.reference import Reference
 from actors.image.registry import Registry
 from actors.image.stream import Budget, LayerStream, Verified, decompress
 from actors.image.tar import entries
-from actors.image.wire import BuildImage, Built, Progress, Resolved, Shared
+from actors.image.wire import RESOLVING, BuildImage, Built, Progress, Resolved, Shared
 from actors.lazytree.erofs import Node
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import CorruptTable
@@ -37,7 +37,7 @@ class Build:
     def __init__(self, order: BuildImage) -> None:
         self._order = order
         self._budget = self._new_budget()
-        self._phase = "resolving"
+        self._phase = RESOLVING
         self._manifest: Manifest | None = None
         self._layer = 0
         self._read_bytes = 0

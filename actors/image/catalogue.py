@@ -63,6 +63,7 @@ class Catalogue:
     def __init__(self, store: Store, archive_dir: str) -> None:
         self._store = store
         self._archive_dir = archive_dir
+        self._believed_until_s: dict[str, float] = {}  # on time.monotonic()
         self._resolved = {
             reference: Resolution(digest, resolved_at)
             for reference, digest, resolved_at in store.read("SELECT reference, digest, resolved_at FROM resolutions")
@@ -86,8 +87,15 @@ class Catalogue:
         """Whether the registry need not be asked: a digest never changes, a tag is believed for a while."""
         if reference.digest:
             return True
-        found = self._resolved.get(name_of(reference, login))
-        return found is not None and time.time() - found.at < interval_s
+        name = name_of(reference, login)
+        found = self._resolved.get(name)
+        return found is not None and (
+            time.time() - found.at < interval_s or time.monotonic() < self._believed_until_s.get(name, 0.0)
+        )
+
+    def believe(self, reference: Reference, login: Login | None, time_s: float) -> None:
+        """The registry cannot be asked: what the reference named last is believed for so long."""
+        self._believed_until_s[name_of(reference, login)] = time.monotonic() + time_s
 
     def resolve(self, reference: Reference, login: Login | None, digest: str) -> None:
         """The registry says what the reference names now, to whom has this login."""

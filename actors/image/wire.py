@@ -47,6 +47,9 @@ class BuildImage(Message, frozen=True):
     bucket: Bucket | None = None
 
 
+RESOLVING = "resolving"  # a builder's first phase
+
+
 class Progress(Message, frozen=True):
     """How far the build is, four times a second, also while it waits: `bytes_done` of `bytes_total` of compressed layers read.
 
