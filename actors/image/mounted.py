@@ -27,6 +27,7 @@ from actors.image.errors import ArchiveInvalid
 from actors.image.holding import Holding
 from actors.image.login import Access, Login
 from actors.image.mirrors import mirrors_of
+from actors.image.policy import How, Plan, Sizes, plan
 from actors.image.prefetching import Prefetching, Prepared
 from actors.image.reference import Reference
 from actors.image.tracing import Recorded, Tracing
@@ -120,6 +121,7 @@ class ImageMount:
         self._prefetching: Prefetching | None = None
         self._packs: set[str] = set()
         self._holding = Holding(services, digest)
+        self._plan = Plan(How.LAZY)
         self._archive_path = archive_path(self._settings.archive_dir, digest)
         name = digest.replace(":", "-")
         self._meta = Path(self._settings.mount_dir) / name
@@ -150,7 +152,13 @@ class ImageMount:
 
     def prepare(self, workload: str) -> bool:
         """See to what is fetched ahead for a workload → whether its tasks may begin; if not, `Prepared` follows."""
-        return self._prefetching is None or self._complete or not workload or self._prefetching.prepare(workload)
+        return (
+            self._prefetching is None
+            or self._complete
+            or self._plan.how is How.PULL
+            or not workload
+            or self._prefetching.prepare(workload)
+        )
 
     def data_for(self, lease: str, workload: str) -> list[str]:
         """The layers with the content for a new task, which is recorded if its workload has no trace yet."""
@@ -304,7 +312,7 @@ class ImageMount:
                 if minor:
                     self._lazy.start(minor)
                     self._begin_prefetching()
-                    if not self._complete:
+                    if not self._complete and self._plan.how is not How.PULL:
                         self.prepare(self._workload)
                 else:
                     self._ready = True
@@ -370,8 +378,15 @@ class ImageMount:
             self._look_for_packs()
         if complete and (self._tracing is None or not self._tracing.wants(self._workload)):
             return archive, True, 0
+        if self._prefetches and not complete:
+            self._make_plan(archive)
         self._keep_spool()
         return archive, complete, self._lazy.open()
+
+    def _make_plan(self, archive: Archive) -> None:
+        sizes = Sizes(sum(layer.size_bytes for layer in archive.info.layers), archive.info.unpacked_bytes)
+        recorded = trace.load(self._settings.archive_dir, self._digest, self._workload) if self._workload else None
+        self._plan = plan(self._settings.prefetch, sizes, recorded, self._workload in self._packs)
 
     def _look_for_packs(self) -> None:
         self._packs = pack.workloads(self._settings.archive_dir, self._digest)
@@ -400,6 +415,9 @@ class ImageMount:
             spool_bytes_max=settings.image.spool_bytes_max,
             access=Access(self.login, mirrors_of(Reference.parse(self._reference).registry, settings.image.mirrors)),
             traces=self._prefetches,
+            fill_parallel=self._plan.fill_parallel,
+            fill_bytes_per_s=self._plan.fill_bytes_per_s,
+            fill_delay_s=self._plan.fill_delay_s,
         )
 
     def _mount(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from actors.image import spool
 from actors.image.archive import Archive
 from actors.image.coming import Coming
 from actors.image.credentials import HELPER_TIMEOUT_S, FindLogin, HelperFailed, docker_login
+from actors.image.filling import Filling
 from actors.image.login import Login
 from actors.image.mirrors import host_of
 from actors.image.recording import Recorder
@@ -64,6 +66,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     access = order.access
     logins = Logins([reference.registry, *map(host_of, access.mirrors)], {reference.registry: access.login})
     handover = Handover()
+    objects = os.open(order.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     kept = spool.Spool(spool_descriptor, spans)
     source = RegistrySource(
         table,
@@ -71,7 +74,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         order.reference,
         [layer.digest for layer in archive.info.layers],
         kept,
-        os.open(order.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC),
+        objects,
         lambda: Registry(reference, mirrors=access.mirrors, find_login=logins.finder()),
         order.read_timeout_s,
         order.spool_bytes_max,
@@ -82,7 +85,10 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     channel = Channel(end, Codec(Taken, LoginFound, BeginTrace, EndTrace))
     traces = Traces(source) if order.traces else None
     tree = ServeTree("", "", order.init_request, order.replacement, order.read_timeout_s)
-    beside = partial(_run, channel, source, handover, logins, traces, order.replacement)
+    filling = None
+    if order.fill_parallel:
+        filling = Filling(source, objects, order.fill_parallel, order.fill_bytes_per_s, order.fill_delay_s)
+    beside = partial(_run, channel, source, handover, logins, traces, filling, order.replacement)
     observer = traces.recorder if traces else None
     serve_tree(channel, fuse_descriptor, tree, table, source, beside, TELL_AGAIN_S, observer)
 
@@ -93,6 +99,7 @@ async def _run(
     handover: Handover,
     logins: Logins,
     traces: Traces | None,
+    filling: Filling | None,
     replacement: bool,
     tell: Callable[[Message], None],
 ) -> None:
@@ -105,6 +112,12 @@ async def _run(
         nursery.start_soon(_listen, channel, source, handover, logins, traces)
         if replacement:
             nursery.start_soon(source.inherited)
+        if filling is not None:
+            nursery.start_soon(filling.run, _say)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 async def _listen(channel: Channel, source: RegistrySource, handover: Handover, logins: Logins, traces: Traces | None) -> None:

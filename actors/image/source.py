@@ -33,6 +33,7 @@ from actors.image.checkpoints import Span, Spans
 from actors.image.coming import Coming
 from actors.image.content import CHUNK_BYTES, LayerContent, chunk_of, decode_content, stored_bytes
 from actors.image.errors import ContentCorrupt, ImageError
+from actors.image.readahead import Readahead
 from actors.image.registry import Registry
 from actors.image.spool import Spool
 from actors.image.stream import decompress_from
@@ -47,6 +48,7 @@ FETCHES_MAX = 12  # ranges on their way at once; each holds 1 MiB
 RUN_BYTES_MAX = 4 << 20  # decompressed bytes, about, that one range is for
 BLOCK_BYTES = 256 << 10
 WAITING_BYTES, WAITING_MIN = 8 << 20, 8  # of the spool, for each read that waits for a fetch: the spans of a mebibyte, amply
+AHEAD_MAX = 4  # on their way at most, for one more to be fetched ahead
 ROUNDS_MAX = 16  # of fetching what somebody then took away
 
 
@@ -129,6 +131,13 @@ class RegistrySource:
         self._mirrors_distrusted = False
         self._fetched_bytes, self._fetching_s = 0, 0.0
         self._in_the_air, self._began_s = 0, 0.0
+        self._readahead = Readahead()
+        self._urgent, self._quiet = 0, trio.Event()  # reads that wait for a fetch, and when there are none any more
+        self._quiet.set()
+        self._unasked: set[tuple[int, int]] = (
+            set()
+        )  # spans that were fetched before they were asked for: damage is nobody's EIO
+        self._freed = trio.Event()  # something in the spool has been given up for OBJECTS
         self._from_mirrors: set[tuple[int, int]] = set()  # spans that perhaps came from one, before they were distrusted
 
     @property
@@ -141,8 +150,6 @@ class RegistrySource:
     def _fetching(self) -> Iterator[None]:
         if not self._in_the_air:
             self._began_s = trio.current_time()
-            if self._coming is not None:
-                self._coming.urge(True)
         self._in_the_air += 1
         try:
             yield
@@ -150,8 +157,6 @@ class RegistrySource:
             self._in_the_air -= 1
             if not self._in_the_air:
                 self._fetching_s += trio.current_time() - self._began_s
-                if self._coming is not None:
-                    self._coming.urge(False)
 
     async def run(self) -> None:
         """Fetch what is wanted, for as long as this is not cancelled."""
@@ -168,6 +173,7 @@ class RegistrySource:
         looked = self._landings
         found = await self._in_thread(self._loads, self._load, row, content, offset, size)
         if isinstance(found, bytes):
+            self._fetch_ahead(index, row, content, offset if content.extents is None else 0)
             return found
         async with self._waiting:
             while self._coming is not None and await self._coming.arrival(index, found.chunk):
@@ -175,27 +181,48 @@ class RegistrySource:
                 found = await self._in_thread(self._loads, self._load, row, content, offset, size)
                 if isinstance(found, bytes):
                     return found
-            with ExitStack() as pins:
+            with self._urgency(), ExitStack() as pins:
                 for _ in range(ROUNDS_MAX):
                     pins.enter_context(self._pinned(content.layer, found.spans))
-                    await self._get(row, content, found, looked)
+                    await self._get(index, row, content, found, looked)
                     looked = self._landings
                     found = await self._in_thread(self._loads, self._load, row, content, offset, size)
                     if isinstance(found, bytes):
                         return found
         raise SourceError(f"{self.name(row)}: what is fetched is lost again and again before it can be read")
 
-    async def _get(self, row: Row, content: LayerContent, found: _Missing, looked: int) -> None:
+    @contextmanager
+    def _urgency(self) -> Iterator[None]:
+        """Somebody waits for what is fetched now."""
+        self._urgent += 1
+        if self._urgent == 1:
+            self._quiet = trio.Event()
+            if self._coming is not None:
+                self._coming.urge(True)
+        try:
+            yield
+        finally:
+            self._urgent -= 1
+            if not self._urgent:
+                self._quiet.set()
+                if self._coming is not None:
+                    self._coming.urge(False)
+
+    async def _get(self, index: int, row: Row, content: LayerContent, found: _Missing, looked: int) -> None:
         """Have what is missing fetched; when it was looked for, there had been `looked` landings.  Raises SourceError."""
         landed = {number: self._landed.get((content.layer, number), 0) for number in found.spans}
         wanted = [number for number in found.spans if number in found.holes or not landed[number]]
         wanted = [number for number in wanted if landed[number] <= looked]
         flights = self._fly(content.layer, wanted, found.spans)
+        if flights:
+            self._fly_ahead(content.layer, self._readahead.missed(index, found.spans, self._spans_of(row, content)))
         if not flights and max(landed.values()) <= looked:
             # All of it was fetched and is there, and nobody has touched it since it was looked at.
-            from_mirror = any((content.layer, number) in self._from_mirrors for number in found.spans)
+            spans = {(content.layer, number) for number in found.spans}
+            from_mirror = not self._from_mirrors.isdisjoint(spans)
+            unasked = not self._unasked.isdisjoint(spans)
             error = await self._corrupt(row, content, found)
-            if not self._distrust_mirrors() and not from_mirror:
+            if not self._distrust_mirrors() and not from_mirror and not unasked:
                 raise error
         for flight in flights:
             await self._arrival(flight)
@@ -273,6 +300,7 @@ class RegistrySource:
         for number in found.spans:
             self._landed.pop((content.layer, number), None)
             self._from_mirrors.discard((content.layer, number))
+            self._unasked.discard((content.layer, number))
         first = found.chunk * CHUNK_BYTES
         size = min(CHUNK_BYTES, stored_bytes(row, content) - first)
         await self._in_thread(self._loads, self._spool.free, self._spool.place(content) + first, size)
@@ -308,6 +336,74 @@ class RegistrySource:
         for flight in begun:
             self._nursery.start_soon(self._bring, flight)
         return flights
+
+    def _fetch_ahead(self, index: int, row: Row, content: LayerContent, offset: int) -> None:
+        """A read was answered, at that offset of what is stored of the object."""
+        if index in self._readahead:
+            span = self._spans.at(content.layer, content.offset + offset)
+            self._fly_ahead(content.layer, self._readahead.found(index, span, self._spans_of(row, content)))
+
+    def _fly_ahead(self, layer: int, ahead: range) -> None:
+        """Bring spans for which nobody waits yet, if that is little beside what is on its way."""
+        wanted = [number for number in ahead if not self._landed.get((layer, number))]
+        if wanted and self._in_the_air < AHEAD_MAX and self._spool.used_bytes < self._spool_bytes_max // 2:
+            self._unasked.update((layer, number) for number in wanted)
+            self._fly(layer, wanted, ahead)
+
+    def _spans_of(self, row: Row, content: LayerContent) -> range:
+        end = content.offset + stored_bytes(row, content)
+        return range(self._spans.at(content.layer, content.offset), self._spans.at(content.layer, end - 1) + 1)
+
+    # --- for whom all is wanted ---
+
+    @property
+    def layers(self) -> int:
+        return len(self._layers)
+
+    async def missing(self, layer: int) -> list[tuple[int, int]]:
+        """First and last of the spans to bring, in ranges of RUN_BYTES_MAX, of objects that are not here."""
+        return await trio.to_thread.run_sync(self._missing_runs, layer)
+
+    async def bring(self, layer: int, first: int, last: int) -> None:
+        """Fetch these spans, for whoever reads them later.  Raises SourceError."""
+        needed = range(first, last + 1)
+        wanted = [number for number in needed if not self._landed.get((layer, number))]
+        self._unasked.update((layer, number) for number in wanted)
+        for flight in self._fly(layer, wanted, needed):
+            await self._arrival(flight)
+
+    async def quiet(self) -> None:
+        """Wait until no read waits for something to be fetched."""
+        while self._urgent:
+            await self._quiet.wait()
+
+    async def room(self) -> None:
+        """Wait until half of the spool is free: the parent publishes what is whole in it."""
+        while self._spool.used_bytes > self._spool_bytes_max // 2:
+            await self._freed.wait()
+
+    def compressed_bytes(self, layer: int, first: int, last: int) -> int:
+        span = self._spans.run(layer, first, last)
+        return span.stop - span.first
+
+    def _missing_runs(self, layer: int) -> list[tuple[int, int]]:
+        runs: list[tuple[int, int]] = []
+        for number in range(self._spans.count(layer)):
+            begin, end = self._spans.bounds(layer, number)
+            if not any(self._lacks(row, content, begin, end) for _, row, content in self._spans.objects(layer, begin, end)):
+                continue
+            if runs and runs[-1][1] == number - 1 and end - self._spans.bounds(layer, runs[-1][0])[0] <= RUN_BYTES_MAX:
+                runs[-1] = (runs[-1][0], number)
+            else:
+                runs.append((number, number))
+        return runs
+
+    def _lacks(self, row: Row, content: LayerContent, begin: int, end: int) -> bool:
+        """Whether something of the object, between these places of its layer, is neither in OBJECTS nor in the spool."""
+        if self._has(row):
+            return False
+        first, stop = max(begin, content.offset), min(end, content.offset + stored_bytes(row, content))
+        return not self._spool.has(self._spool.place(content) + first - content.offset, stop - first)
 
     def _fits(self, flight: _Flight, number: int) -> bool:
         return self._spans.bounds(flight.layer, number)[1] - self._spans.bounds(flight.layer, flight.first)[0] <= RUN_BYTES_MAX
@@ -466,6 +562,8 @@ class RegistrySource:
     async def taken(self, rows: Sequence[int]) -> None:
         """These objects are in OBJECTS, or were not what they should be: give up what is in the spool of them."""
         await self._in_thread(self._loads, self._free, rows)
+        freed, self._freed = self._freed, trio.Event()
+        freed.set()
 
     def _free(self, rows: Sequence[int]) -> None:
         for index in rows:

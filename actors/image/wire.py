@@ -108,7 +108,8 @@ class ServeImage(Message, frozen=True):
 
     `archive`: path of the image's archive.  `reference`: by which this node knows the image, and so whom to fetch from (the one in
     the archive is that of whoever built it, with another registry perhaps).  `objects`: OBJECTS, which the server reads and does
-    not write.  `traces`: it may be told to `BeginTrace`.
+    not write.  `traces`: it may be told to `BeginTrace`.  `fill_…`: if not 0, it fetches all that is missing, so many ranges at once, no
+    faster (0: as fast as they come), and not before so long.
     `spool_bytes_max`: what it may take of the spool's file system before it gives up what is oldest there.  The rest is as in
     `lazytree.wire.ServeTree`.
     The registry's credentials are those of `access`, or Docker's (config.json), read before the server drops its privileges; when
@@ -126,6 +127,9 @@ class ServeImage(Message, frozen=True):
     spool_bytes_max: int = 1 << 30
     access: Access = Access()
     traces: bool = False
+    fill_parallel: int = 0
+    fill_bytes_per_s: int = 0
+    fill_delay_s: float = 0.0
 
 
 class Completed(Message, frozen=True):

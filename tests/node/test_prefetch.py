@@ -268,3 +268,33 @@ def test_packs_travel_through_the_bucket(
             assert key not in s3.keys(bucket)
     finally:
         s3.stop()
+
+
+# --- everything
+
+
+def content_is_here(daemon: Daemon, archives: Path) -> bool:
+    objects = Path(daemon.state / "images/cache")
+    table = Archive.open(str(next(archives.glob("*.aerie")))).objects()
+    keys = [table.row(index).key for index in range(len(table))]
+    return all((objects / key[:2] / key[2:]).exists() for key in keys)
+
+
+def test_with_full_all_of_the_image_comes_in_the_end(tmp_path: Path, built: tuple[str, Path], proxy: Proxy) -> None:
+    with cold(tmp_path, built, proxy, AERIE_IMAGE_PREFETCH="full") as daemon:
+        assert output(daemon) == EXPECTED
+        assert proxy.body_bytes("/blobs/") < len(LARGE)
+        until(lambda: content_is_here(daemon, tmp_path / "archives"))
+
+
+def test_a_workload_that_reads_nearly_all_has_all_of_it_pulled(tmp_path: Path, built: tuple[str, Path], proxy: Proxy) -> None:
+    script = "cat /data/* | md5sum"
+    with cold(tmp_path, built, proxy, "one") as daemon:
+        assert daemon.run(script).exit_code == 0
+        until(lambda: list((tmp_path / "archives").glob("*.trace")))
+    with cold(tmp_path, built, proxy, "two") as daemon:
+        daemon.submit(script)
+        until(lambda: content_is_here(daemon, tmp_path / "archives"))  # what it does not read, too
+        assert daemon.result("task-1").exit_code == 0
+        expected = hashlib.md5(b"".join(content for _, content in sorted([*FILES.items(), ("data/large", LARGE)])))
+        assert daemon.logs("task-1")[0].split()[0].decode() == expected.hexdigest()
