@@ -7,16 +7,23 @@ with the content of its files, and writes the image's archive (`archive`): the E
 objects, where in the layers one may start to read (`checkpoints`), and what a task needs of the image's config.  Nodes of a fleet
 share archives through S3 (`fleet`).  The kernel mounts META :: OBJECTS :: LAZY (`actors.lazytree`).  LAZY is an image mount, a process
 of its own (`serve`): it fetches what is read, and is not here, by ranges of the layers (`source`), into a spool from which whole
-objects are published (`spool`).  The ImageActor (`actor`) says which image is meant (`catalogue`, `building`), mounts it (`mounted`) and
-keeps it mounted while somebody has a lease on it (`leases`); what is mounted is held (`holding`), and not evicted (`actors.cache`).
+objects are published (`spool`), ahead of whom reads on (`readahead`).
+
+What tasks of one command read at their start is recorded by that server (`recording`, `tracing`, `trace`).  A prefetcher, a process of its
+own (`prefetch`, `prefetching`), makes a pack of it (`pack`), and streams the pack at the next mount, telling the server what comes
+(`coming`).  Nodes of a fleet share packs, too (`bucket`).  How an image's content comes to a node is decided by `policy`; the server
+brings all of it if that is wanted (`filling`).
+
+The ImageActor (`actor`) says which image is meant (`catalogue`, `building`), mounts it (`mounted`) and keeps it mounted while somebody has
+a lease on it (`leases`); what is mounted is held (`holding`), and not evicted (`actors.cache`).
 
 Owns.  The archives in `image.archive_dir` (one file per manifest digest, maybe shared with other daemons), the image objects in
-`image.cache_dir` (named by the sha256 of their content), the mounts below `image.mount_dir`, their servers and spools, and the image
-builders.
+`image.cache_dir` (named by the sha256 of their content), the mounts below `image.mount_dir`, their servers and spools, the image
+builders and prefetchers.
 
 Survives a restart.  Archives and objects, which are whole or not there at all; mounts and leases, until the machine goes down; servers
 and spools, which the keeper holds: a restarted actor adopts them.  A builder that was under way is lost with nothing left but
-whole objects; the next call starts another.
+whole objects; the next call starts another.  A prefetcher is not missed.
 
 Refuses, each with an error that says whose fault it is (`errors`): a reference that is none, an image or platform that the
 registry does not have, a registry that is away or wants credentials, content that is not what its digest says, a layer
