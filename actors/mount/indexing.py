@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -83,6 +83,24 @@ class StagedChanges(Exception):
     """The directory has what a task changed, which belongs to the listing that is there, and to no other."""
 
 
+class Snapshot:
+    """A store as it was listed; `put` gives it to a task, and may be called for any number of them."""
+
+    def __init__(self, listing: Listing, entries: bytes, files: _Files) -> None:
+        self._listing, self._entries, self._files = listing, entries, files
+
+    def put(self, directory: str) -> Indexed:
+        """Write listing, META and table into the task's `directory`.  Raises OSError, StagedChanges."""
+        if staged(directory):
+            raise StagedChanges(f"{directory}: a task has changed this workspace, and its changes are not in the store yet")
+        files = self._files
+        write_listing(directory, self._entries)
+        _copy(files.table, os.path.join(directory, TABLE))
+        _copy(files.meta, os.path.join(directory, META))  # the last: whoever finds it finds the others too
+        missing = files.objects - files.looked_at + len(files.absent)
+        return Indexed(len(self._listing.entries), files.objects, files.content_bytes, missing, self._listing.skipped)
+
+
 class Indexer:
     """Indexes stores, from any thread, for the daemon with this run directory."""
 
@@ -91,24 +109,22 @@ class Indexer:
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, _Files] = OrderedDict()  # by the store's identity, the longest unused first
 
-    def index(
+    def look(
         self,
         store: str,
-        directory: str,
+        disk: str,
         objects: Objects,
         bounds: Bounds,
         small_bytes_max: int,
         small_s: float,
-        hold: str = "",
-    ) -> Indexed:
-        """List `store`, which is made if it is missing, and write listing, META and table into the task's `directory`.
+        holds: Sequence[str] = (),
+    ) -> Snapshot:
+        """List `store`, which is made if it is missing, for tasks whose directories are on the disk of the directory `disk`.
 
         Files of at most 64 KiB are copied to OBJECTS, for overlayfs binds an inode to the layer that has its object at first
         open; at most `small_bytes_max` in all, and for no longer than `small_s`: what remains is read when it is wanted, and
-        the next time goes on from there.  Raises OSError, TreeTooLarge, StagedChanges.
+        the next time goes on from there.  All of them are held under each of the names `holds`.  Raises OSError, TreeTooLarge.
         """
-        if staged(directory):
-            raise StagedChanges(f"{directory}: a task has changed this workspace, and its changes are not in the store yet")
         root = open_store(store)
         try:
             listing = list_store(root, bounds)
@@ -117,30 +133,27 @@ class Indexer:
             digest = hashlib.sha256(identity + msgspec.msgpack.encode(listing.root) + entries).digest()
             files = self._kept_files(identity, digest)
             if files is None:
-                files = _Files(listing, digest, identity, directory)
+                files = _Files(listing, digest, identity, disk)
                 self._keep(identity, files)
-            if hold and files.objects:
-                self._hold(hold, store, identity, files, objects)
-            if files.filling.acquire(blocking=False):  # another task's listing of this store may be at it
+            if holds and files.objects:
+                self._hold(holds, store, identity, files, objects)
+            if files.filling.acquire(blocking=False):  # another listing of this store may be at it
                 try:
                     _fill(root, files, objects, small_bytes_max, time.monotonic() + small_s)
                 finally:
                     files.filling.release()
         finally:
             os.close(root)
-        write_listing(directory, entries)
-        _copy(files.table, os.path.join(directory, TABLE))
-        _copy(files.meta, os.path.join(directory, META))  # the last: whoever finds it finds the others too
-        missing = files.objects - files.looked_at + len(files.absent)
-        return Indexed(len(listing.entries), files.objects, files.content_bytes, missing, listing.skipped)
+        return Snapshot(listing, entries, files)
 
-    def _hold(self, hold: str, store: str, identity: bytes, files: _Files, objects: Objects) -> None:
+    def _hold(self, holds: Sequence[str], store: str, identity: bytes, files: _Files, objects: Objects) -> None:
         """Before anybody looks what is in OBJECTS.  Whatever is evicted nevertheless, LAZY answers for."""
         tree = f"store-{hashlib.sha256(identity).hexdigest()}"
         held = Trees(objects.descriptor, self._run_dir)
-        if not held.hold_again(hold, tree, files.recorded):
-            with closing(ObjectTable(f"/proc/self/fd/{files.table}")) as table:
-                files.recorded = held.hold(hold, tree, TreeSource(store=store), table.keys())
+        for hold in holds:
+            if not held.hold_again(hold, tree, files.recorded):
+                with closing(ObjectTable(f"/proc/self/fd/{files.table}")) as table:
+                    files.recorded = held.hold(hold, tree, TreeSource(store=store), table.keys())
         trees.settled(objects.descriptor)
 
     def _kept_files(self, identity: bytes, digest: bytes) -> _Files | None:

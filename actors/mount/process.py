@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import queue
 import socket
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from functools import partial
@@ -59,12 +59,12 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     gc.disable()
     _libc.mallopt(_M_ARENA_MAX, 1)  # an arena to each thread would keep three times as much from being given back
     channel = Channel(end, JOBS)
-    settling = _Workers(channel, SETTLING_MAX, _settle, gives_back=False)
-    indexing = _Workers(channel, INDEXING_MAX, partial(_index, Indexer(order.run_dir), settling.jobs.put))
+    settling = _Workers(channel, SETTLING_MAX, _each(_settle), gives_back=False)
+    indexing = _Workers(channel, INDEXING_MAX, partial(_index, Indexer(order.run_dir), settling.put), together=_listed_alike)
     changes = Changes()
-    syncing = _Workers(channel, SYNCING_MAX, partial(_sync, changes))
-    syncing_running = _Workers(channel, SYNCING_RUNNING_MAX, partial(_sync_running, changes))
-    caching = _Workers(channel, 1, _cache)
+    syncing = _Workers(channel, SYNCING_MAX, _each(partial(_sync, changes)))
+    syncing_running = _Workers(channel, SYNCING_RUNNING_MAX, _each(partial(_sync_running, changes)))
+    caching = _Workers(channel, 1, _each(_cache))
     everybody = (indexing, settling, syncing, syncing_running, caching)
     beat_s = time.monotonic()
     while True:
@@ -74,14 +74,14 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
                 os.close(descriptor)
             match job:
                 case IndexWorkspace():
-                    indexing.jobs.put(job)
+                    indexing.put(job)
                 case CacheObjects():
-                    caching.jobs.put(job)
+                    caching.put(job)
                 case SyncWorkspace():
-                    (syncing_running if job.running else syncing).jobs.put(job)
+                    (syncing_running if job.running else syncing).put(job)
         except ChannelTimeout:
             beat_s = time.monotonic() + HEARTBEAT_S
-            beat = Progress(sum(who.running for who in everybody), sum(who.jobs.qsize() for who in everybody))
+            beat = Progress(sum(who.running for who in everybody), sum(who.waiting for who in everybody))
             try:
                 channel.send(beat, timeout_s=0)
             except ChannelTimeout:
@@ -95,57 +95,106 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
 class _Workers:
     """Threads that do jobs and send the answers.  They are no reason for the process to stay.
 
-    `gives_back`: when there is nothing more to do, the memory that listings took goes back to the node.
+    `gives_back`: when there is nothing more to do, the memory that listings took goes back to the node.  `together`: `work` gets all
+    jobs that wait and of which this says the same; without it, each by itself.
     """
 
     def __init__(
-        self, channel: Channel, count: int, work: Callable[[Any, Callable[[Message], None]], object], gives_back: bool = True
+        self,
+        channel: Channel,
+        count: int,
+        work: Callable[[list[Any], Callable[[Message], None]], object],
+        gives_back: bool = True,
+        together: Callable[[Any], object] | None = None,
     ) -> None:
-        self.jobs: queue.SimpleQueue[IndexWorkspace | SyncWorkspace | CacheObjects] = queue.SimpleQueue()
         self.running = 0
         self._channel = channel
         self._work = work
         self._gives_back = gives_back
-        self._lock = threading.Lock()
+        self._together = together
+        self._jobs: deque[IndexWorkspace | SyncWorkspace | CacheObjects] = deque()
+        self._change = threading.Condition()
         for _ in range(count):
             threading.Thread(target=self._run, daemon=True).start()
 
+    def put(self, job: IndexWorkspace | SyncWorkspace | CacheObjects) -> None:
+        with self._change:
+            self._jobs.append(job)
+            self._change.notify()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._jobs)
+
     def _run(self) -> None:
         while True:
-            job = self.jobs.get()
-            self._count(1)
+            jobs = self._take()
             try:
-                self._work(job, self._send)
+                self._work(jobs, self._send)
             except ChannelClosed:
                 return
-            except Exception as error:  # noqa: BLE001 (whatever it is, the job has an answer, and the other jobs go on)
+            except Exception as error:  # noqa: BLE001 (whatever it is, the jobs have an answer, and the others go on)
                 traceback.print_exc()
-                self._send(JobFailed(job.job, f"{type(error).__name__}: {error}"))
-            if self._gives_back and self.jobs.empty():
+                for job in jobs:
+                    self._send(JobFailed(job.job, f"{type(error).__name__}: {error}"))
+            if self._gives_back and not self._jobs:
                 gc.collect()
                 _libc.malloc_trim(0)
-            self._count(-1)
+            with self._change:
+                self.running -= len(jobs)
+
+    def _take(self) -> list[IndexWorkspace | SyncWorkspace | CacheObjects]:
+        with self._change:
+            while not self._jobs:
+                self._change.wait()
+            jobs = [self._jobs.popleft()]
+            if self._together is not None:
+                alike = self._together(jobs[0])
+                jobs += [job for job in self._jobs if self._together(job) == alike]
+                self._jobs = deque(job for job in self._jobs if self._together(job) != alike)
+            self.running += len(jobs)
+            return jobs
 
     def _send(self, answer: Message) -> None:
         self._channel.send(answer, timeout_s=None)
 
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self.running += change
+
+def _each(work: Callable[[Any, Callable[[Message], None]], object]) -> Callable[[list[Any], Callable[[Message], None]], None]:
+    def work_on(jobs: list[Any], send: Callable[[Message], None]) -> None:
+        for job in jobs:
+            work(job, send)
+
+    return work_on
+
+
+def _listed_alike(job: IndexWorkspace) -> object:
+    """Tasks that begin with the same store may have the same listing of it, if that was begun when all of them had asked."""
+    return job.store, job.objects_dir, job.bounds, job.small_bytes_max, job.small_s
 
 
 def _index(
-    indexer: Indexer, settle: Callable[[IndexWorkspace], None], job: IndexWorkspace, send: Callable[[Message], None]
+    indexer: Indexer, settle: Callable[[IndexWorkspace], None], jobs: list[IndexWorkspace], send: Callable[[Message], None]
 ) -> None:
-    with closing(Objects(job.objects_dir)) as objects:
+    first = jobs[0]
+    with closing(Objects(first.objects_dir)) as objects:
         try:
-            listed = indexer.index(job.store, job.directory, objects, job.bounds, job.small_bytes_max, job.small_s, job.hold)
-        except (OSError, TreeTooLarge, StagedChanges) as error:
-            send(JobFailed(job.job, str(error)))
+            holds = [job.hold for job in jobs if job.hold]
+            found = indexer.look(
+                first.store, first.directory, objects, first.bounds, first.small_bytes_max, first.small_s, holds
+            )
+        except (OSError, TreeTooLarge) as error:
+            for job in jobs:
+                send(JobFailed(job.job, str(error)))
             return
-    skipped, skipped_count = _shown(f"{_readable(path)}: {reason}" for path, reason in listed.skipped)
-    send(Indexed(job.job, listed.entries, listed.objects, listed.content_bytes, listed.missing, skipped, skipped_count))
-    settle(job)
+    for job in jobs:
+        try:
+            listed = found.put(job.directory)
+        except (OSError, StagedChanges) as error:
+            send(JobFailed(job.job, str(error)))
+            continue
+        skipped, skipped_count = _shown(f"{_readable(path)}: {reason}" for path, reason in listed.skipped)
+        send(Indexed(job.job, listed.entries, listed.objects, listed.content_bytes, listed.missing, skipped, skipped_count))
+        settle(job)
 
 
 def _settle(job: IndexWorkspace, send: Callable[[Message], None]) -> None:

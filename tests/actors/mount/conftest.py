@@ -62,7 +62,9 @@ class Workspace:
     def index(self) -> Indexed:
         objects = Objects(str(self.objects))
         try:
-            listed = Indexer().index(str(self.store), str(self.directory), objects, Bounds(), 1 << 20, 10.0)
+            listed = (
+                Indexer().look(str(self.store), str(self.directory), objects, Bounds(), 1 << 20, 10.0).put(str(self.directory))
+            )
             table = ObjectTable(str(self.directory / TABLE))
             for row in map(table.row, range(len(table))):
                 if not objects.has(row.key):

@@ -33,7 +33,9 @@ def index(
     store, directory = str(workspace.store), str(workspace.directory)
     objects = Objects(str(workspace.objects))
     try:
-        return (indexer or Indexer()).index(store, directory, objects, bounds or Bounds(), small_bytes_max, small_s)
+        return (
+            (indexer or Indexer()).look(store, directory, objects, bounds or Bounds(), small_bytes_max, small_s).put(directory)
+        )
     finally:
         objects.close()
 

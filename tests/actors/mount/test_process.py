@@ -17,7 +17,8 @@ import msgspec
 import pytest
 
 from actors.mount import wire
-from actors.mount.listing import Bounds
+from actors.mount.indexing import META, TABLE
+from actors.mount.listing import Bounds, read_listing
 from actors.mount.process import serve
 from supervisor.channel import Channel, ChannelClosed
 from tests.actors.mount.conftest import Workspace, write
@@ -114,6 +115,32 @@ def test_an_answer_has_a_bound(workspace: Workspace, store: Path) -> None:
         listed = answer(channel)
     assert listed.skipped_count == 500
     assert 10 < len(listed.skipped) < 500
+
+
+@pytest.mark.parametrize("held_up", [False, True])
+def test_no_task_gets_a_listing_that_is_older_than_its_request(
+    workspaces: Callable[[str], Workspace], store: Path, tmp_path: Path, held_up: bool
+) -> None:
+    """Those that wait share one; here all of them do, or as many as it comes."""
+    tasks = [workspaces(f"t{number}") for number in range(30)]
+    with syncer() as (channel, pid):
+        if held_up:
+            os.kill(pid, signal.SIGSTOP)
+        for number, task in enumerate(tasks):
+            write(store / f"f{number}", str(number))
+            channel.send(index_job(task, str(number)))
+        gone = tasks[7].directory / "upper"  # what a task has changed belongs to the listing that it has
+        if held_up:
+            write(gone / "changed", "")
+            os.kill(pid, signal.SIGCONT)
+        answers = {int(given.job): given for given in (answer(channel) for _ in tasks)}
+    for number, task in enumerate(tasks):
+        if held_up and number == 7:
+            assert isinstance(answers[7], wire.JobFailed) and "changed this workspace" in answers[7].error
+            continue
+        assert answers[number].entries >= number + 1
+        assert {b"f%d" % earlier for earlier in range(number + 1)} <= read_listing(str(task.directory)).keys()
+        assert all((task.directory / part).stat().st_size for part in (META, TABLE))
 
 
 def test_memory_is_given_back(workspace: Workspace, store: Path) -> None:
