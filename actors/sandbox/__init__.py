@@ -15,6 +15,7 @@ in the image or cannot be executed; whatever a bundle cannot hold.
     messages                 what is said to and by a sandbox
     states, ending, bundle   decisions: no I/O in them
     actor, recovery          thin: one mailbox, and where to go on
+    watching                 container and conmon while they live
     orphans                  what belongs to no sandbox that is known, at the daemon's start
     attempt                  what is made for a container, and undone
     conmon, runtimes         the container itself, through conmon and crun, runc or runsc (gVisor)

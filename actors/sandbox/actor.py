@@ -7,12 +7,9 @@ started again builds its `Life` from what it sees (`recovery`) and goes on.
 from __future__ import annotations
 
 import os
-import select
 import shutil
-import signal
 import time
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +21,23 @@ from actors.image import messages as images
 from actors.image.trace import workload_of
 from actors.mount import messages as mounting
 from actors.output import messages as output
-from actors.output.follower import Follower
 from actors.output.sinks import faults
 from actors.sandbox import attempt as making
 from actors.sandbox import bundle, conmon, ending, messages
-from actors.sandbox.attempt import HELD, STREAMS, Attempt, held
+from actors.sandbox.attempt import HELD, Attempt, held
 from actors.sandbox.host import SandboxHost
 from actors.sandbox.record import Record
 from actors.sandbox.recovery import Found, look
-from actors.sandbox.runtimes import ContainerError, CreateError, exec_error
+from actors.sandbox.runtimes import ContainerError, CreateError
 from actors.sandbox.states import Effect, Fact, Life, Phase, begin, step
+from actors.sandbox.watching import CONMON_ENDED, Seen, Watching
 from actors.services import GATEWAY, IMAGES, MOUNTS, OUTPUT, Services
 from actors.settings import Settings
 from supervisor.actor import Actor
 from supervisor.answers import Answer, Deferred, Refused, Worked, WorkFailed, refusal
-from supervisor.pidfd import has_ended, is_stopped, pid_of, signal_process, wait_status
-from supervisor.processes import ProcessRow
 from supervisor.tree import System
 
 CONMON_S = 5.0  # how long conmon may take to write the last output and end, once its container has
-STOPPED_S = 2.0  # between two looks whether somebody has stopped a conmon
-EXEC_ERROR_BYTES_MAX = 4096  # a journal that holds more holds more than the runtime's one line
 CREATIONS_MAX = 3  # of one task's container, in a row
 RETRY_S = 1.0  # before something that must be done, and failed, is tried again
 
@@ -71,6 +64,7 @@ class SandboxActor(Actor):
         asked = frozenset() if manual else frozenset({Fact.START_ASKED, Fact.DELETE_ASKED})
         self._life = Life(Phase.PREPARING, asked)
         self._attempt: Attempt | None = None
+        self._watching = Watching(self, services, task)
         self._rootfs: images.RootfsReady | None = None
         self._sinks: list[messages.Sink] = []
         self._record = Record(task, time.time())
@@ -89,7 +83,7 @@ class SandboxActor(Actor):
         self._life, effects = begin(self._life.facts | found.facts, found.phase)
         if found.phase is not Phase.PREPARING:
             logger.info("task {} goes on where it was: {}", self._task, found.phase.name.lower())
-        self._watch()
+        self._watching.begin()
         self._carry_out(effects)
         for fact in found.seen:
             self._know(fact)
@@ -102,10 +96,7 @@ class SandboxActor(Actor):
         self._sinks = found.sinks
 
     def on_end(self, reason: object) -> None:
-        for kind in ("container", "conmon"):
-            descriptor = self._services.descriptors.get(held(kind, self._task))
-            if descriptor is not None:
-                self._services.watcher.forget(descriptor)
+        self._watching.end()
 
     def on_message(self, message: Any) -> Any:
         match message:
@@ -123,14 +114,9 @@ class SandboxActor(Actor):
                 pass
             case messages.ReadFailed(_, reason):
                 self._record.note(f"a read failed: {reason}")
-            case ("ended", "container"):
-                self._container_ended()
-            case ("ended", "conmon"):
-                self._conmon_ended()
-            case ("is conmon stopped",):
-                self._check_conmon()
             case ("conmon is late",):
-                self._conmon_is_late()
+                if Fact.OUTPUT_WHOLE not in self._life.facts:
+                    self._watching.end_conmon(CONMON_S)
             case ("grace is over",):
                 self._know(Fact.KILL_ASKED)
             case ("time is over",):
@@ -145,6 +131,8 @@ class SandboxActor(Actor):
                 self._answered(self._requests.pop(number), value)
             case Refused(number, error) if number in self._requests:
                 self._refused(self._requests.pop(number), error)
+            case _:
+                self._saw(self._watching.take(message))
         return self._state() if isinstance(message, messages.TO_ONE) else None
 
     def _know(self, fact: Fact) -> None:
@@ -264,7 +252,7 @@ class SandboxActor(Actor):
 
     def _delete(self) -> None:
         assert self._attempt
-        self._forget_processes()
+        self._watching.forget()
         self.work("deleted", making.undo, self._attempt)
 
     def _release_workspace(self) -> None:
@@ -292,11 +280,11 @@ class SandboxActor(Actor):
         assert self._attempt
         grace_s = self._services.settings.sandbox.stop_grace_s
         self.after(grace_s, ("grace is over",))
-        self.work("terminated", self._attempt.terminate, self._services.descriptors.get(held("container", self._task)))
+        self.work("terminated", self._attempt.terminate, self._watching.container)
 
     def _kill(self) -> None:
         assert self._attempt
-        self.work("killed", self._attempt.kill, self._services.descriptors.get(held("container", self._task)))
+        self.work("killed", self._attempt.kill, self._watching.container)
 
     # --- what becomes known ---
 
@@ -307,7 +295,7 @@ class SandboxActor(Actor):
                 self._know(Fact.WORKSPACE)
             case "created":
                 self._services.descriptors.keep({held(kind, self._task): number for kind, number in value.items()})
-                self._watch()
+                self._watching.begin()
                 self._know(Fact.CREATED)
             case "undone":
                 # A new attempt, on record before anything of it exists.
@@ -404,7 +392,7 @@ class SandboxActor(Actor):
                 self._synced("sync_failed", [], error, [])
             case "pumped":
                 logger.error("the pipes of task {} could not be taken over, trying again: {}", self._task, error)
-                self.after(RETRY_S, ("ended", "conmon"))
+                self.after(RETRY_S, CONMON_ENDED)
             case "output followed":
                 pass  # "output drained" is refused with it
             case _:
@@ -454,91 +442,27 @@ class SandboxActor(Actor):
         self._know(Fact.DELETE_ASKED)
         return self._state()
 
-    # --- the container's and its monitor's end ---
-
-    def _watch(self) -> None:
-        """Watch container and conmon by the pidfds that are held."""
-        descriptors, mailbox = self._services.descriptors, self.mailbox
-        for kind in ("container", "conmon"):
-            pidfd = descriptors.get(held(kind, self._task))
-            if pidfd is not None:
-                self._services.watcher.process(pidfd, partial(mailbox, ("ended", kind)))
-                if kind == "conmon" and (pid := pid_of(pidfd)):
-                    self._services.processes.put(self.name, ProcessRow(f"conmon {self._task}", pid, 0))
-                    self.after(STOPPED_S, ("is conmon stopped",))
-
-    def _forget_processes(self) -> None:
-        for kind in ("container", "conmon"):
-            pidfd = self._services.descriptors.get(held(kind, self._task))
-            if pidfd is not None:
-                self._services.watcher.forget(pidfd)
-        self._services.processes.remove(self.name, f"conmon {self._task}")
-
-    def _container_ended(self) -> None:
-        self._record.ended_at = time.time()
-        self._know(Fact.ENDED)
-
-    def _conmon_ended(self) -> None:
-        """Its last output is in the journal, unless it was killed or gave up: then the pipes are emptied by a pump."""
-        self._services.processes.remove(self.name, f"conmon {self._task}")
-        pidfd = self._services.descriptors.get(held("conmon", self._task))
-        status = None if pidfd is None else wait_status(pidfd)
-        if status is not None and os.WIFEXITED(status) and not self._pipes_hold_something():
-            self._know(Fact.OUTPUT_WHOLE)
-        else:
-            logger.warning("conmon of task {} was killed; its pipes are taken over", self._task)
-            self._request("pumped", OUTPUT, output.PumpOutput(self._task))
-
-    def _pipes_hold_something(self) -> bool:
-        waiting = select.poll()
-        for stream in STREAMS:
-            if (end := self._services.descriptors.get(held(stream, self._task))) is not None:
-                waiting.register(end, select.POLLIN)
-        return any(event & select.POLLIN for _, event in waiting.poll(0))
-
-    def _check_conmon(self) -> None:
-        """A monitor that somebody has stopped goes on: it cannot be replaced without a loss, and soon its task waits in write(2)."""
-        pidfd = self._services.descriptors.get(held("conmon", self._task))
-        if pidfd is None or has_ended(pidfd):
-            return
-        if is_stopped(pidfd) and signal_process(pidfd, signal.SIGCONT):
-            logger.warning("conmon of task {} had been stopped; it is told to go on", self._task)
-        self.after(STOPPED_S, ("is conmon stopped",))
-
-    def _conmon_is_late(self) -> None:
-        pidfd = self._services.descriptors.get(held("conmon", self._task))
-        if Fact.OUTPUT_WHOLE not in self._life.facts and pidfd is not None and signal_process(pidfd, signal.SIGKILL):
-            logger.warning("conmon of task {} did not end within {} s of its container", self._task, CONMON_S)
+    def _saw(self, seen: Seen | None) -> None:
+        match seen:
+            case Seen.CONTAINER_ENDED:
+                self._record.ended_at = time.time()
+                self._know(Fact.ENDED)
+            case Seen.OUTPUT_WHOLE:
+                self._know(Fact.OUTPUT_WHOLE)
+            case Seen.PIPES_LEFT:
+                self._request("pumped", OUTPUT, output.PumpOutput(self._task))
 
     # --- results ---
 
     def _conclude(self) -> TaskResult:
         """The result, from everything that is known by now."""
-        pidfd = self._services.descriptors.get(held("container", self._task))
-        status = self._record.status if pidfd is None else wait_status(pidfd)
+        status = self._watching.status(self._record.status)
         ended = Fact.ENDED in self._life.facts
-        refused = self._exec_refused(status) if ended and status is not None else None
+        refused = self._attempt.exec_refused(status) if self._attempt and ended and status is not None else None
         if refused is not None:
             self._record.fail(str(refused), refused.kind)
         oom_kills = self._attempt.cgroup.oom_kills() if self._attempt and ended else 0
         return self._record.conclude(ended and refused is None, status, oom_kills, time.time())
-
-    def _exec_refused(self, status: int) -> CreateError | None:
-        """Whether the runtime, in the task's place, has found that the command cannot be executed: then it never ran."""
-        if not os.WIFEXITED(status) or os.WEXITSTATUS(status) != 1:
-            return None
-        if self._layout.journal.stat().st_size > EXEC_ERROR_BYTES_MAX:
-            return None
-        follower = Follower(self._layout.output)
-        try:
-            printed = follower.finish()
-        finally:
-            follower.close()
-        if any(chunk.stream != "stderr" for chunk in printed):
-            return None
-        text = b"".join(chunk.data for chunk in printed).decode(errors="replace")
-        # From the bundle, for an actor that was started again has not asked for the image.
-        return exec_error(text, bundle.command_in(self._layout.bundle))
 
     def _state_now(self) -> TaskResult:
         """The result as it stands; how it ended only once that is durable."""
@@ -552,12 +476,10 @@ class SandboxActor(Actor):
 
     def _state(self) -> messages.SandboxState:
         now = self._state_now()
-        pidfd = self._services.descriptors.get(held("container", self._task))
-        pid = pid_of(pidfd) if pidfd is not None else None
         return messages.SandboxState(
             now.task,
             now.state,
-            pid,
+            self._watching.pid,
             now.exit_code,
             now.error,
             None,

@@ -18,13 +18,15 @@ from pathlib import Path
 from actors.image.messages import RootfsReady
 from actors.layout import TaskLayout
 from actors.lazytree import mounts
+from actors.output.follower import Follower
 from actors.sandbox import bundle, conmon, ending
 from actors.sandbox.cgroup import Cgroup
-from actors.sandbox.runtimes import Runtime
+from actors.sandbox.runtimes import CreateError, Runtime, exec_error
 from supervisor.pidfd import open_pidfd, pid_of, signal_process
 
 CREATE_TIMEOUT_S = 30.0
 DELETE_TIMEOUT_S = 30.0
+EXEC_ERROR_BYTES_MAX = 4096  # a journal that holds more holds more than the runtime's one line
 STREAMS = ("stdout", "stderr")
 HELD = ("container", "conmon", "attempt", *STREAMS)  # the kinds of descriptor that keeper and root supervisor hold of a task
 
@@ -47,6 +49,26 @@ class Attempt:
     def container(self) -> conmon.Container:
         layout = self.layout
         return conmon.Container(f"{layout.task}.{self.number}", self.runtime, layout.bundle, layout.monitor, layout.journal)
+
+    def exec_refused(self, status: int) -> CreateError | None:
+        """Whether the runtime, in the task's place, has found that the command cannot be executed: then it never ran.
+
+        `status`: the container's wait status.
+        """
+        if not os.WIFEXITED(status) or os.WEXITSTATUS(status) != 1:
+            return None
+        if self.layout.journal.stat().st_size > EXEC_ERROR_BYTES_MAX:
+            return None
+        follower = Follower(self.layout.output)
+        try:
+            printed = follower.finish()
+        finally:
+            follower.close()
+        if any(chunk.stream != "stderr" for chunk in printed):
+            return None
+        text = b"".join(chunk.data for chunk in printed).decode(errors="replace")
+        # From the bundle, for an actor that was started again has not asked for the image.
+        return exec_error(text, bundle.command_in(self.layout.bundle))
 
     def terminate(self, pidfd: int) -> bool:
         """Ask all its processes to end → whether nobody is there who would hear it, so that waiting is in vain."""
