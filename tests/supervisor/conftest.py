@@ -8,15 +8,21 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loguru import logger
 
+from supervisor.actor import Stop
+from supervisor.isolation import Isolation, Process
 from supervisor.system import System
 from supervisor.watch import Watcher
+from tests.supervisor.actors_under_test import TIMEOUT_S
+from tests.supervisor.bosses import Boss, Bosses
 from tests.supervisor.daemons_under_test import Daemon
 from tests.supervisor.descendants import become_subreaper, descendants, ends, kill, reap
-from tests.supervisor.programs_under_test import argv
+from tests.supervisor.processes_under_test import FROM_CHILD, Say
+from tests.supervisor.programs_under_test import ENTRIES, argv
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +72,25 @@ def fork_server(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     yield server
     server.kill()
     server.wait()
+
+
+@pytest.fixture
+def bosses(system: System, watcher: Watcher, tmp_path: Path, fork_server: object, logged: list[str]) -> Iterator[Bosses]:
+    isolation, started = Isolation(str(tmp_path / "forkserver.sock")), []
+
+    def start(entry: str, text: str = "hello", *, make: Any = None, **options: Any) -> Boss:
+        def fork() -> Process:
+            return isolation.start("worker", f"{ENTRIES}:{entry}", Say(text), FROM_CHILD)
+
+        boss = Boss(system, watcher, (lambda: make(fork)) if make else fork, **options)
+        started.append(boss)
+        boss.launch(0, None)
+        return boss
+
+    yield start
+    for boss in started:
+        boss.mailbox(Stop())
+        assert boss.gone.wait(TIMEOUT_S)
 
 
 @pytest.fixture

@@ -24,46 +24,19 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import pytest
 
 import supervisor
 from supervisor import pidfd
-from supervisor.actor import Stop
 from supervisor.channel import Channel
 from supervisor.isolation import Isolation, Process
 from supervisor.parts import spawn
-from supervisor.system import System
-from supervisor.watch import Watcher
 from supervisor.worker import SILENCE_S, Ended, Said, Started
 from tests.supervisor.actors_under_test import TIMEOUT_S
+from tests.supervisor.bosses import Boss, Bosses, pid
 from tests.supervisor.descendants import ends, kill
 from tests.supervisor.processes_under_test import FROM_CHILD, Say
 from tests.supervisor.programs_under_test import ENTRIES, argv
-from tests.supervisor.test_worker import Boss, pid
-
-
-@pytest.fixture
-def bosses(
-    system: System, watcher: Watcher, tmp_path: Path, fork_server: object, logged: list[str]
-) -> Iterator[Callable[..., Boss]]:
-    isolation, started = Isolation(str(tmp_path / "forkserver.sock")), []
-
-    def start(entry: str, **options: object) -> Boss:
-        def fork() -> Process:
-            return isolation.start("worker", f"{ENTRIES}:{entry}", Say("hello"), FROM_CHILD)
-
-        boss = Boss(system, watcher, fork, **{"again": True, **options})  # type: ignore[arg-type]
-        started.append(boss)
-        boss.launch(0, None)
-        return boss
-
-    yield start
-    for boss in started:
-        boss.mailbox(Stop())
-        assert boss.gone.wait(TIMEOUT_S)
 
 
 def next_start(boss: Boss) -> None:
@@ -77,10 +50,10 @@ def end_fork_server(fork_server: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_process_is_not_dead_because_its_fork_server_is(
-    bosses: Callable[..., Boss], fork_server: subprocess.Popen[bytes], tmp_path: Path
+    bosses: Bosses, fork_server: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     """`multiprocessing` would say that all of them have ended with 255, and a supervisor would start each a second time."""
-    boss = bosses("echo")
+    boss = bosses("echo", again=True)
     boss.log.take(2)
     first = pid(boss)
     end_fork_server(fork_server)
@@ -96,10 +69,10 @@ def test_a_process_is_not_dead_because_its_fork_server_is(
 
 
 def test_a_process_whose_end_somebody_else_reaps_is_dead_all_the_same(
-    bosses: Callable[..., Boss], fork_server: subprocess.Popen[bytes], tmp_path: Path
+    bosses: Bosses, fork_server: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     """It is this test's child when its fork server has ended, and a thread of the test is quicker than anybody who would wait for it."""
-    boss = bosses("echo")
+    boss = bosses("echo", again=True)
     boss.log.take(2)
     end_fork_server(fork_server)
     stolen: list[tuple[int, int]] = []
@@ -116,9 +89,9 @@ def test_a_process_whose_end_somebody_else_reaps_is_dead_all_the_same(
         second.terminate()
 
 
-def test_a_process_is_dead_though_its_child_holds_its_channel_open(bosses: Callable[..., Boss]) -> None:
+def test_a_process_is_dead_though_its_child_holds_its_channel_open(bosses: Bosses) -> None:
     """`multiprocessing`'s sentinel, a pipe, would be silent until that child has ended as well."""
-    boss = bosses("leave_behind", again=False)
+    boss = bosses("leave_behind")
     assert boss.next() == Started("worker", 1)
     grandchild = int(boss.next().message.text)
     assert boss.next() == Ended("worker", 1, "killed by signal 9")
@@ -126,8 +99,8 @@ def test_a_process_is_dead_though_its_child_holds_its_channel_open(bosses: Calla
     kill(grandchild)
 
 
-def test_a_process_that_is_stopped_is_replaced_within_five_seconds_by_default(bosses: Callable[..., Boss]) -> None:
-    boss = bosses("beat", heartbeat=True, silence_s=SILENCE_S)
+def test_a_process_that_is_stopped_is_replaced_within_five_seconds_by_default(bosses: Bosses) -> None:
+    boss = bosses("beat", heartbeat=True, again=True, silence_s=SILENCE_S)
     assert boss.next() == Started("worker", 1)
     assert boss.next() == Said("worker", 1, Say("beat"))
     stopped = pid(boss)

@@ -227,10 +227,12 @@ def test_one_that_nobody_knows_of_any_more_is_ended_by_the_next(daemon: Daemon) 
     pid = appoint(daemon)
     os.kill(pid, signal.SIGSTOP)
     successor = int(daemon.ask(Appoint("a", f"{ENTRIES}:post", ["along"])).standing["a"] or 0)
-    # The root supervisor has taken the first for one that lives, and ended the second: its order stands.
-    assert successor == pid
-    kill(pid)
-    assert replaced(daemon) not in (pid, 0)
+    if successor == pid:
+        # The root supervisor has taken the first for one that lives, and ended the second: its order stands.
+        kill(pid)
+        assert replaced(daemon) not in (pid, 0)
+    else:
+        assert ends(pid, TIMEOUT_S), "the second was quicker, and ended the first"
 
 
 def test_of_two_that_live_the_root_supervisor_s_is_the_one(daemon: Daemon) -> None:

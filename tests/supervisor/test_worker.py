@@ -8,92 +8,19 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from supervisor.actor import Actor, Stop
+from supervisor.actor import Stop
 from supervisor.channel import Channel
 from supervisor.isolation import Isolation, IsolationError, Process
-from supervisor.system import System
 from supervisor.watch import Watcher
-from supervisor.worker import LOOKS, Ended, Said, Started, Worker
+from supervisor.worker import LOOKS, Ended, Said, Started
 from tests.supervisor.actors_under_test import TIMEOUT_S, Log, hold
+from tests.supervisor.bosses import SILENCE_S, Boss, Bosses, pid
 from tests.supervisor.descendants import ends
 from tests.supervisor.processes_under_test import FROM_CHILD, Crash, Say
 from tests.supervisor.programs_under_test import ENTRIES
-
-SILENCE_S = 0.3
-
-
-class Boss(Actor):
-    """Has one worker, and starts another when it has ended.  `log`: what the worker is said to do; `looks`: how often it was checked."""
-
-    def __init__(
-        self,
-        system: System,
-        watcher: Watcher,
-        make: Callable[[], Process],
-        heartbeat: bool = False,
-        again: bool = False,
-        silence_s: float = SILENCE_S,
-    ) -> None:
-        super().__init__(system, "boss")
-        self.worker = Worker(self, watcher, "worker", heartbeat, silence_s)
-        self.log, self.looks = Log(), Log()
-        self.alive = False
-        self._make = make
-        self._again = again
-
-    def on_begin(self) -> None:
-        self.worker.start(self._make)
-        self.worker.start(self._make)  # one is being started already
-
-    def on_message(self, message: Any) -> Any:
-        if callable(message):
-            return message(self)
-        if type(message).__name__ == "_Check":
-            self.looks("look")
-        taken = self.worker.take(message)
-        if taken is not None:
-            self.log(taken)
-        if isinstance(taken, Ended) and self._again:
-            self.worker.start(self._make)
-        return None
-
-    def on_end(self, reason: str | None) -> None:
-        self.worker.let_go(self.alive)
-
-    def next(self) -> Any:
-        return self.log.next()[0]
-
-    def next_but_beats(self) -> Any:
-        """What the worker did next, other than to say that it lives."""
-        while True:
-            event = self.next()
-            if not (isinstance(event, Said) and event.message == Say("beat")):
-                return event
-
-
-@pytest.fixture
-def bosses(
-    system: System, watcher: Watcher, tmp_path: Path, fork_server: object, logged: list[str]
-) -> Iterator[Callable[..., Boss]]:
-    isolation, started = Isolation(str(tmp_path / "forkserver.sock")), []
-
-    def start(entry: str, text: str = "hello", heartbeat: bool = False, again: bool = False, make: Any = None) -> Boss:
-        def fork() -> Process:
-            return isolation.start("worker", f"{ENTRIES}:{entry}", Say(text), FROM_CHILD)
-
-        boss = Boss(system, watcher, (lambda: make(fork)) if make else fork, heartbeat, again)
-        started.append(boss)
-        boss.launch(0, None)
-        return boss
-
-    yield start
-    for boss in started:
-        boss.mailbox(Stop())
-        assert boss.gone.wait(TIMEOUT_S)
 
 
 @contextmanager
@@ -111,12 +38,7 @@ def busy(watcher: Watcher) -> Iterator[None]:
     there.close()
 
 
-def pid(boss: Boss) -> int:
-    found: int = boss.system.ask("boss", lambda boss: boss.worker.pid, TIMEOUT_S)
-    return found
-
-
-def test_a_worker_is_started_heard_and_spoken_to(bosses: Callable[..., Boss]) -> None:
+def test_a_worker_is_started_heard_and_spoken_to(bosses: Bosses) -> None:
     boss = bosses("echo")
     assert boss.next() == Started("worker", 1)
     said = boss.next()
@@ -135,7 +57,7 @@ def test_a_worker_is_started_heard_and_spoken_to(bosses: Callable[..., Boss]) ->
     ],
     ids=["killed", "segmentation fault", "raises"],
 )
-def test_a_worker_that_dies_is_replaced(bosses: Callable[..., Boss], do: Callable[[Boss], None], how: str) -> None:
+def test_a_worker_that_dies_is_replaced(bosses: Bosses, do: Callable[[Boss], None], how: str) -> None:
     boss = bosses("echo", again=True)
     boss.log.take(2)
     first = pid(boss)
@@ -146,7 +68,7 @@ def test_a_worker_that_dies_is_replaced(bosses: Callable[..., Boss], do: Callabl
     assert boss.worker.restarts == 1
 
 
-def test_a_worker_s_last_words_come_before_its_end(bosses: Callable[..., Boss], watcher: Watcher) -> None:
+def test_a_worker_s_last_words_come_before_its_end(bosses: Bosses, watcher: Watcher) -> None:
     """Also when both are found at once, and the words are more than are taken in one round."""
     with busy(watcher):
         boss = bosses("chatter", "200")
@@ -156,7 +78,7 @@ def test_a_worker_s_last_words_come_before_its_end(bosses: Callable[..., Boss], 
     assert boss.next() == Ended("worker", 1, "exit code 0")
 
 
-def test_a_worker_that_cannot_be_started_has_ended(bosses: Callable[..., Boss]) -> None:
+def test_a_worker_that_cannot_be_started_has_ended(bosses: Bosses) -> None:
     tries = iter([True, False])
 
     def make(fork: Callable[[], Process]) -> Process:
@@ -172,7 +94,7 @@ def test_a_worker_that_cannot_be_started_has_ended(bosses: Callable[..., Boss]) 
 # --- hung ---
 
 
-def test_a_worker_that_is_stopped_is_found_by_its_silence_and_replaced(bosses: Callable[..., Boss]) -> None:
+def test_a_worker_that_is_stopped_is_found_by_its_silence_and_replaced(bosses: Bosses) -> None:
     boss = bosses("beat", heartbeat=True, again=True)
     assert boss.next() == Started("worker", 1)
     assert boss.next() == Said("worker", 1, Say("beat"))
@@ -184,7 +106,7 @@ def test_a_worker_that_is_stopped_is_found_by_its_silence_and_replaced(bosses: C
     assert pid(boss) != first
 
 
-def test_a_worker_that_hangs_says_where_before_it_is_killed(bosses: Callable[..., Boss], tmp_path: Path) -> None:
+def test_a_worker_that_hangs_says_where_before_it_is_killed(bosses: Bosses, tmp_path: Path) -> None:
     boss = bosses("outlive", heartbeat=True)
     assert boss.next() == Started("worker", 1)
     assert boss.next() == Ended("worker", 1, f"killed by signal {signal.SIGABRT.value}", hung=True)
@@ -193,7 +115,7 @@ def test_a_worker_that_hangs_says_where_before_it_is_killed(bosses: Callable[...
     assert "in outlive" in log
 
 
-def test_a_worker_that_beats_is_left_alone(bosses: Callable[..., Boss]) -> None:
+def test_a_worker_that_beats_is_left_alone(bosses: Bosses) -> None:
     boss = bosses("beat", heartbeat=True)
     boss.looks.take(3 * LOOKS)
     assert boss.next_but_beats() == Started("worker", 1)
@@ -201,7 +123,7 @@ def test_a_worker_that_beats_is_left_alone(bosses: Callable[..., Boss]) -> None:
     assert boss.next_but_beats() == Ended("worker", 1, "killed by signal 9")
 
 
-def test_a_worker_that_promised_no_heartbeat_may_be_silent(bosses: Callable[..., Boss]) -> None:
+def test_a_worker_that_promised_no_heartbeat_may_be_silent(bosses: Bosses) -> None:
     boss, later = bosses("outlive"), Log()
     assert boss.next() == Started("worker", 1)
     boss.system.timers.after(3 * SILENCE_S, lambda: later("now"))
@@ -210,7 +132,7 @@ def test_a_worker_that_promised_no_heartbeat_may_be_silent(bosses: Callable[...,
     assert boss.looks.silent
 
 
-def test_a_worker_is_not_hung_because_nobody_listened(bosses: Callable[..., Boss], watcher: Watcher) -> None:
+def test_a_worker_is_not_hung_because_nobody_listened(bosses: Bosses, watcher: Watcher) -> None:
     """The watcher is busy, as when this whole process was stopped: what the worker said lies in its channel unread."""
     boss = bosses("beat", heartbeat=True)
     boss.looks.take(1)
@@ -225,13 +147,13 @@ def test_a_worker_is_not_hung_because_nobody_listened(bosses: Callable[..., Boss
 
 
 @pytest.mark.parametrize("entry", ["babble", "hang_up"])
-def test_a_worker_that_can_be_heard_no_more_is_ended(bosses: Callable[..., Boss], entry: str) -> None:
+def test_a_worker_that_can_be_heard_no_more_is_ended(bosses: Bosses, entry: str) -> None:
     boss = bosses(entry)
     assert boss.next() == Started("worker", 1)
     assert boss.next() == Ended("worker", 1, "killed by signal 9")
 
 
-def test_a_worker_that_does_not_read_is_killed(bosses: Callable[..., Boss]) -> None:
+def test_a_worker_that_does_not_read_is_killed(bosses: Bosses) -> None:
     boss = bosses("outlive")
     assert boss.next() == Started("worker", 1)
 
@@ -248,7 +170,7 @@ def test_a_worker_that_does_not_read_is_killed(bosses: Callable[..., Boss]) -> N
 # --- generations, and what is left behind ---
 
 
-def test_words_of_an_earlier_process_are_dropped(bosses: Callable[..., Boss]) -> None:
+def test_words_of_an_earlier_process_are_dropped(bosses: Bosses) -> None:
     boss = bosses("echo", again=True)
     boss.log.take(2)
     boss.mailbox(lambda boss: boss.worker.kill())
@@ -261,7 +183,7 @@ def test_words_of_an_earlier_process_are_dropped(bosses: Callable[..., Boss]) ->
     assert boss.next().message.text == "last"
 
 
-def test_nothing_is_heard_of_a_worker_that_was_let_go(bosses: Callable[..., Boss]) -> None:
+def test_nothing_is_heard_of_a_worker_that_was_let_go(bosses: Bosses) -> None:
     boss = bosses("beat")  # it talks on until it is killed
 
     def let_go(boss: Boss) -> int:
@@ -280,7 +202,7 @@ def test_nothing_is_heard_of_a_worker_that_was_let_go(bosses: Callable[..., Boss
 
 
 @pytest.mark.parametrize("alive", [False, True])
-def test_an_actor_that_ends_kills_its_worker_or_leaves_it_alive(bosses: Callable[..., Boss], alive: bool) -> None:
+def test_an_actor_that_ends_kills_its_worker_or_leaves_it_alive(bosses: Bosses, alive: bool) -> None:
     boss = bosses("outlive")
     assert boss.next() == Started("worker", 1)
     process = pid(boss)
@@ -293,9 +215,7 @@ def test_an_actor_that_ends_kills_its_worker_or_leaves_it_alive(bosses: Callable
 
 
 @pytest.mark.parametrize("alive", [False, True])
-def test_a_worker_that_is_just_being_started_when_its_actor_ends_is_given_back(
-    bosses: Callable[..., Boss], alive: bool
-) -> None:
+def test_a_worker_that_is_just_being_started_when_its_actor_ends_is_given_back(bosses: Bosses, alive: bool) -> None:
     """Its pidfd and channel are closed (`nothing_left` looks), and it is killed or left alive, like one that runs."""
     entered, go, made = threading.Event(), threading.Event(), Log()
 
@@ -318,7 +238,7 @@ def test_a_worker_that_is_just_being_started_when_its_actor_ends_is_given_back(
         os.kill(process, signal.SIGKILL)
 
 
-def test_a_worker_that_was_made_when_its_actor_ended_before_it_heard_is_given_back(bosses: Callable[..., Boss]) -> None:
+def test_a_worker_that_was_made_when_its_actor_ended_before_it_heard_is_given_back(bosses: Bosses) -> None:
     """The result lies in the inbox of an actor that handles its last message."""
     entered, go, made = threading.Event(), threading.Event(), Log()
 
@@ -337,7 +257,7 @@ def test_a_worker_that_was_made_when_its_actor_ended_before_it_heard_is_given_ba
     assert ends(process, TIMEOUT_S)
 
 
-def test_a_worker_is_adopted(bosses: Callable[..., Boss], tmp_path: Path) -> None:
+def test_a_worker_is_adopted(bosses: Bosses, tmp_path: Path) -> None:
     boss = bosses("write", make=lambda fork: (_ for _ in ()).throw(IsolationError("none")))
     assert isinstance(boss.next(), Ended)
     process = Isolation(str(tmp_path / "forkserver.sock")).start("worker", f"{ENTRIES}:echo", Say("from before"), FROM_CHILD)
