@@ -81,6 +81,7 @@ class ImageSection(Section, frozen=True):
     cache_bytes_max: Annotated[int, Meta(ge=MIB, le=1024 * TIB)] = 100 * GIB
     archive_bytes_max: Annotated[int, Meta(ge=MIB, le=1024 * TIB)] = 10 * GIB
     free_bytes_min: Annotated[int, Meta(ge=0, le=1024 * TIB)] = 2 * GIB
+    check_interval_s: Annotated[float, Meta(ge=0, le=3650 * 86400)] = 7 * 86400
     spool_bytes_max: Annotated[int, Meta(ge=16 * MIB, le=TIB)] = GIB
     idle_unmount_s: Annotated[float, Meta(ge=0, le=30 * 86400)] = 300
     unpacked_bytes_max: Annotated[int, Meta(ge=MIB, le=16 * TIB)] = 64 * GIB

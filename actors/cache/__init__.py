@@ -22,6 +22,8 @@ share is as young as the youngest of them.
 So the cap may be reached with nothing to evict.  Then what is read is served and not kept; an image that is larger than the cap is used
 like that.
 
+**What is damaged** on this disk is found by the checker (`checking`), a little at a time, and fetched again; removed, if that cannot be.
+
 **What is counted.**  Space counts as free when the kernel has freed it: a file that was unlinked while somebody holds it open is counted
 until then.  Spools are not in there: each has a bound of its own (`image.spool_max`).
 """

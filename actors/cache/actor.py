@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from inotify_simple import INotify, flags
@@ -31,8 +32,9 @@ from supervisor.processes import ProcessRow
 from supervisor.tree import System
 from supervisor.worker import Ended, Said, Started, Worker
 
-EVICTOR = "evictor"
-EVICTOR_SAYS = Codec(wire.Evicted, wire.Progress)
+EVICTOR, CHECKER = "evictor", "checker"
+EVICTOR_SAYS, CHECKER_SAYS = Codec(wire.Evicted, wire.Progress), Codec(wire.Checked, wire.Progress)
+CHECKED = "checked"  # in OBJECTS: which prefix is next; its time is when the last one was begun, by whichever daemon
 LOOK_S = 10.0
 UNMOUNT_S = 0.5  # for images that nobody uses
 # After an eviction that made too little room: what could not go then cannot now, most likely; four times as long after each.
@@ -63,6 +65,7 @@ class _Found:
 
     object_bytes: int
     archives_over: bool
+    prefix: str | None  # objects whose turn it is to be looked at
 
 
 class CacheActor(Actor):
@@ -73,6 +76,10 @@ class CacheActor(Actor):
         self._worker = Worker(self, services.watcher, EVICTOR)
         self._order: wire.Evict | None = None  # of the evictor at work
         self._pruning: list[Deferred] = []
+        self._checker = Worker(self, services.watcher, CHECKER)
+        self._check_order: wire.CheckObjects | None = None
+        self._checking: list[Deferred] = []
+        self._check_all = False  # somebody waits for it
         self._looking = False
         self._look_again = False
         self._pause_s = 0.0
@@ -93,6 +100,7 @@ class CacheActor(Actor):
 
     def on_end(self, reason: object) -> None:
         self._worker.let_go()
+        self._checker.let_go()
         if hasattr(self, "_inotify"):
             self._services.watcher.forget(self._inotify.fileno())
             self._inotify.close()
@@ -108,6 +116,12 @@ class CacheActor(Actor):
                 reply.set(usage)
             case WorkFailed(("usage", reply), error):
                 reply.set_exception(error)
+            case messages.Check():
+                reply = self.deferred()
+                self._checking.append(reply)
+                self._check_all = True
+                self._check([])
+                return reply
             case messages.Prune(object_bytes):
                 reply = self.deferred()
                 self._pruning.append(reply)
@@ -126,6 +140,8 @@ class CacheActor(Actor):
                 self._look(waited_for=False)
             case Worked("look", _Found() as found):
                 self._looking = False
+                if found.prefix is not None:
+                    self._check([found.prefix])
                 if found.object_bytes or found.archives_over:
                     self._evict(found.object_bytes)
                 elif self._look_again:
@@ -135,6 +151,7 @@ class CacheActor(Actor):
                 logger.error("how full the object cache is cannot be found out: {}", error)
             case _:
                 self._from_evictor(message)
+                self._from_checker(message)
         return None
 
     # --- looking ---
@@ -166,7 +183,23 @@ class CacheActor(Actor):
             waited_for,
         )
         over = sum(each.size_bytes for each in archives.look(settings.archive_dir)) > settings.archive_bytes_max
-        return _Found(excess, over)
+        return _Found(excess, over, self._prefix_to_check())
+
+    def _prefix_to_check(self) -> str | None:
+        """The objects whose turn it is to be looked at, which is noted; in a worker thread."""
+        interval_s = self._settings.check_interval_s
+        if not interval_s:
+            return None
+        path = Path(self._settings.cache_dir, CHECKED)
+        try:
+            number = int(path.read_text() or 0) % 256
+            if time.time() - path.stat().st_mtime < interval_s / 256:
+                return None
+        except (FileNotFoundError, ValueError):
+            path.write_text("0")
+            return None
+        path.write_text(str(number + 1))
+        return f"{number:02x}"
 
     def _usage(self) -> messages.Usage:
         settings = self._settings
@@ -202,7 +235,7 @@ class CacheActor(Actor):
         match self._worker.take(message):
             case Started():
                 row = ProcessRow(EVICTOR, self._worker.pid or 0, self._worker.restarts)
-                self._services.processes.put(self.name, row)
+                self._services.processes.put(self.name, row, EVICTOR)
             case Said(_, _, wire.Evicted() as evicted):
                 self._evicted(evicted)
             case Ended(_, _, how):
@@ -241,3 +274,45 @@ class CacheActor(Actor):
         for reply in self._pruning:
             reply.set(pruned)
         self._pruning.clear()
+
+    # --- looking for damage ---
+
+    def _check(self, prefixes: list[str]) -> None:
+        """Have these objects looked at, unless some just are; all that somebody waits for, then."""
+        if self._check_order is None:
+            settings = self._settings
+            if self._check_all:
+                prefixes = [f"{number:02x}" for number in range(256)]
+            self._check_order = wire.CheckObjects(settings.cache_dir, settings.archive_dir, prefixes, settings.mirrors)
+            self._checker.start(self._make_checker)
+
+    def _make_checker(self) -> Process:
+        assert self._check_order is not None
+        return self._services.isolation.start(CHECKER, "actors.cache.process:check", self._check_order, CHECKER_SAYS)
+
+    def _from_checker(self, message: Any) -> None:
+        match self._checker.take(message):
+            case Started():
+                row = ProcessRow(CHECKER, self._checker.pid or 0, self._checker.restarts)
+                self._services.processes.put(self.name, row, CHECKER)
+            case Said(_, _, wire.Checked(objects, damaged, repaired, texts)):
+                for text in texts:
+                    logger.warning("{}", text)
+                self._checked(messages.Checked(objects, damaged, repaired, texts))
+            case Ended(_, _, how):
+                self._services.processes.remove(self.name, CHECKER)
+                if self._check_order is not None:
+                    logger.warning("the checker has ended ({})", how)
+                    self._checked(messages.Checked(0, 0, 0, [], f"the checker has ended: {how}"))
+                if self._check_all:
+                    self._check([])
+
+    def _checked(self, checked: messages.Checked) -> None:
+        assert self._check_order is not None
+        everything = len(self._check_order.prefixes) > 1
+        self._check_order = None
+        if everything:
+            self._check_all = False
+            for reply in self._checking:
+                reply.set(checked)
+            self._checking.clear()

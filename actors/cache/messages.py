@@ -33,6 +33,20 @@ class Prune(Message, frozen=True):
     object_bytes: int
 
 
+class Check(Message, frozen=True):
+    """Look at all content of images, and repair what is damaged → Checked"""
+
+
+class Checked(Message, frozen=True):
+    """Of `damaged` objects so many were `repaired`, and the others removed; `texts` has a line for each, of the first ones."""
+
+    objects: int
+    damaged: int
+    repaired: int
+    texts: list[str]
+    error: str = ""
+
+
 class Pruned(Message, frozen=True):
     objects: int
     freed_bytes: int

@@ -1,15 +1,20 @@
-"""The process "evictor": makes room once, and ends.  SIGKILL at any instruction leaves the sums right and no tree without what it holds."""
+"""The processes "evictor", which makes room once, and "checker", which looks for what is damaged; then they end.
+
+SIGKILL at any instruction leaves the sums right and no tree without what it holds.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import time
+from collections.abc import Callable
 
-from actors.cache import archives
+from actors.cache import archives, checking
 from actors.cache.evictor import evict
 from actors.cache.sources import Sources
-from actors.cache.wire import Evict, Evicted, Progress
+from actors.cache.wire import Checked, CheckObjects, Evict, Evicted, Progress
 from actors.lazytree.ledger import unlinked_bytes
 from actors.lazytree.objects import Objects
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
@@ -17,6 +22,11 @@ from supervisor.frames import Codec, Message
 
 ANSWER_TIMEOUT_S = 30.0
 HEARTBEAT_S = 0.5
+TEXTS_MAX = 50
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}.get(os.uname().machine, -1)
+_IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_IDLE = 1, 3 << 13
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
@@ -25,17 +35,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         os.close(descriptor)
     channel = Channel(end, Codec(Evict))
     order: Evict = channel.codec.decode(arguments)
-    said_s = 0.0
-
-    def alive() -> None:
-        nonlocal said_s
-        if time.monotonic() - said_s >= HEARTBEAT_S:
-            said_s = time.monotonic()
-            try:
-                channel.send(Progress(), timeout_s=0)
-            except ChannelTimeout:
-                pass
-
+    alive = _heartbeat(channel)
     sources = Sources(order.mirrors, alive)
     objects = Objects(order.objects)
     try:
@@ -56,3 +56,40 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         return
     finally:
         objects.close()
+
+
+def check(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
+    """Do the `CheckObjects` in `arguments`, with what nobody else wants of processor and disk; say `Progress`, and `Checked` at the end."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+    channel = Channel(end, Codec(CheckObjects))
+    order: CheckObjects = channel.codec.decode(arguments)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    _libc.syscall(_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE)  # no error where there is none
+    objects = Objects(order.objects)
+    try:
+        report = checking.check(objects, order.archives, order.prefixes, order.mirrors, _heartbeat(channel))
+        if report.repaired:
+            objects.sync()
+        answer = Checked(report.checked, report.damaged, report.repaired, report.texts[:TEXTS_MAX])
+        channel.send(answer, timeout_s=ANSWER_TIMEOUT_S)
+    except ChannelClosed:
+        return
+    finally:
+        objects.close()
+
+
+def _heartbeat(channel: Channel) -> Callable[[], None]:
+    """To be called again and again; says `Progress` now and then.  Raises ChannelClosed when nobody is there any more."""
+    said_s = 0.0
+
+    def alive() -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s >= HEARTBEAT_S:
+            said_s = time.monotonic()
+            try:
+                channel.send(Progress(), timeout_s=0)
+            except ChannelTimeout:
+                pass
+
+    return alive

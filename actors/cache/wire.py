@@ -34,5 +34,23 @@ class Evicted(Message, frozen=True):
     why: str = ""
 
 
+class CheckObjects(Message, frozen=True):
+    """The arguments of a checker: look at the objects whose names begin with one of `prefixes`, repair what is damaged, and end."""
+
+    objects: str
+    archives: str
+    prefixes: list[str]
+    mirrors: str = ""
+
+
+class Checked(Message, frozen=True):
+    """It has ended.  Of `damaged` objects so many are `repaired`, the others removed; `texts` has a line for each, of the first ones."""
+
+    objects: int
+    damaged: int
+    repaired: int
+    texts: list[str]
+
+
 class Progress(Message, frozen=True):
     """Heartbeat."""

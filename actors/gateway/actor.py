@@ -19,6 +19,7 @@ from actors.gateway.ledger import Ledger, QueueFull, Task, rfc3339
 from actors.gateway.local import LocalBridge
 from actors.gateway.messages import (
     Accepted,
+    CheckStorage,
     Done,
     Ended,
     Failed,
@@ -40,6 +41,7 @@ from actors.gateway.messages import (
     ShowStorage,
     StillRunning,
     Stop,
+    StorageChecked,
     StoragePruned,
     StorageShown,
     StorageUse,
@@ -175,7 +177,7 @@ class GatewayActor(Actor):
             case Refused(request, error):
                 if request in self._asked:
                     client, asked = self._asked.pop(request)
-                    of_cache = isinstance(asked, ShowStorage | PruneStorage)
+                    of_cache = isinstance(asked, ShowStorage | PruneStorage | CheckStorage)
                     self._fail(client, asked, "internal" if of_cache else "image", error)
             case Worked(("tree", client, request), keeper):
                 self._bridge.send(client, TreeShown(request, keeper))
@@ -227,6 +229,8 @@ class GatewayActor(Actor):
                 self._ask_images(client, request, images.ReleaseRootfs(lease))
             case ShowStorage():
                 self._ask_images(client, request, cache.CacheUsage(), CACHE)
+            case CheckStorage():
+                self._ask_images(client, request, cache.Check(), CACHE)
             case PruneStorage(_, size_bytes):
                 self._ask_images(client, request, cache.Prune(size_bytes), CACHE)
 
@@ -441,6 +445,10 @@ class GatewayActor(Actor):
             case cache.Usage():
                 shown_use = StorageUse(**{name: getattr(value, name) for name in StorageUse.__struct_fields__})
                 self._bridge.send(client, StorageShown(asked.request, shown_use))
+            case cache.Checked(error=error) if error:
+                self._fail(client, asked, "internal", error)
+            case cache.Checked(objects, damaged, repaired, texts):
+                self._bridge.send(client, StorageChecked(asked.request, objects, damaged, repaired, texts))
             case cache.Pruned(objects, freed_bytes, why):
                 self._bridge.send(client, StoragePruned(asked.request, objects, freed_bytes, why))
 

@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("ls", f"{reading}:image_ls", "list the images of this node", to=images)
     add("usage", f"{reading}:image_usage", "show what images and workspaces take of the disk, and may take", to=images)
+    add("check", f"{reading}:image_check", "look for damaged content of images, and repair it", to=images)
     prune = add("prune", f"{reading}:image_prune", "evict content, the longest unused first", to=images)
     prune.add_argument(
         "--size", type=_amount(parse_bytes), default=1 << 60, metavar="10Gi", help="so much of it (all that may go)"

@@ -235,11 +235,19 @@ class PruneStorage(Message, frozen=True):
     size_bytes: int
 
 
+class CheckStorage(Message, frozen=True):
+    """Look at all content of images on this node, and repair what is damaged.  Answer: StorageChecked."""
+
+    request: int
+
+
 Request = (
-    Ready | Submit | Wait | Stop | Logs | ListTasks | Tree | ListImages | MountImage | UnmountImage | ShowStorage | PruneStorage
-)
+    Ready | Submit | Wait | Stop | Logs | ListTasks | Tree | ListImages | MountImage | UnmountImage | ShowStorage
+    | PruneStorage | CheckStorage
+)  # fmt: skip
 REQUESTS: Final = (
     Ready, Submit, Wait, Stop, Logs, ListTasks, Tree, ListImages, MountImage, UnmountImage, ShowStorage, PruneStorage,
+    CheckStorage,
 )  # fmt: skip
 
 
@@ -319,6 +327,16 @@ class StoragePruned(Message, frozen=True):
     kept: str
 
 
+class StorageChecked(Message, frozen=True):
+    """Of `damaged` files' contents so many were `repaired`, and the others removed; `texts` says which, of the first ones."""
+
+    request: int
+    objects: int
+    damaged: int
+    repaired: int
+    texts: list[str]
+
+
 class Done(Message, frozen=True):
     request: int
 
@@ -344,12 +362,13 @@ Answer = (
     | ImageMounted
     | StorageShown
     | StoragePruned
+    | StorageChecked
     | Done
     | Failed
 )
 ANSWERS: Final = (
     IsReady, Accepted, Progress, Ended, StillRunning, LogDirectory, Listed, TreeShown, Images, ImageMounted, StorageShown,
-    StoragePruned, Done, Failed,
+    StoragePruned, StorageChecked, Done, Failed,
 )  # fmt: skip
 
 

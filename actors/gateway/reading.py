@@ -14,6 +14,7 @@ import msgspec
 from actors.gateway.client import ANSWER_TIMEOUT_S, Client, NoDaemon, readable, wait_connect
 from actors.gateway.messages import (
     EXIT_NOT_ENDED,
+    CheckStorage,
     Ended,
     ImageMounted,
     Images,
@@ -29,6 +30,7 @@ from actors.gateway.messages import (
     ShowStorage,
     StillRunning,
     Stop,
+    StorageChecked,
     StoragePruned,
     StorageShown,
     TaskResult,
@@ -169,6 +171,19 @@ def image_usage(arguments: argparse.Namespace, settings: Settings) -> int:
     print(f"free:      {format_bytes(use.free_bytes)}; at least {format_bytes(use.free_bytes_min)} stay so")
     if use.short:
         print(f"too full:  {use.short}")
+    return 0
+
+
+def image_check(arguments: argparse.Namespace, settings: Settings) -> int:
+    client = Client(settings.run.dir)
+    answer = client.ask(CheckStorage(client.number()), timeout_s=MOUNT_TIMEOUT_S)
+    assert isinstance(answer, StorageChecked)
+    if arguments.json:
+        shown = {"objects": answer.objects, "damaged": answer.damaged, "repaired": answer.repaired, "texts": answer.texts}
+        show_json(shown)
+    else:
+        print(f"{answer.objects} objects; {answer.damaged} were damaged, of which {answer.repaired} are right again")
+        print("".join(f"{text}\n" for text in answer.texts), end="")
     return 0
 
 

@@ -461,7 +461,8 @@ class ImageMount:
         with self._objects() as objects:
             with contextlib.closing(archive.objects()) as table:
                 step = 1 if sample is None else -(-len(table) // sample) or 1
-                complete = all(objects.has(table.row(index).key) for index in range(0, len(table), step))
+                rows = (table.row(index) for index in range(0, len(table), step))
+                complete = all(objects.has_of_size(row.key, row.size_bytes) for row in rows)
             if complete and sample is None and not self._complete:
                 objects.sync()
         return complete

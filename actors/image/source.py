@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import sys
 import threading
 import traceback
 from bisect import bisect_right
@@ -124,6 +125,7 @@ class RegistrySource:
         self._pins: Counter[tuple[int, int]] = Counter()  # the spans that somebody waits for or is about to read
         self._waiting = trio.CapacityLimiter(max(WAITING_MIN, spool_bytes_max // WAITING_BYTES))
         self._has_inherited = False
+        self._damaged: set[str] = set()  # objects, by their key
         self._lock = threading.Lock()
         self._registries: list[Registry] = []
         self._idle: list[Registry] = []  # of them: those that nobody uses just now
@@ -182,9 +184,9 @@ class RegistrySource:
                 if isinstance(found, bytes):
                     return found
             with self._urgency(), ExitStack() as pins:
-                for _ in range(ROUNDS_MAX):
+                for round_ in range(ROUNDS_MAX):
                     pins.enter_context(self._pinned(content.layer, found.spans))
-                    await self._get(index, row, content, found, looked)
+                    await self._get(index, row, content, found, looked, fetched=round_ > 0)
                     looked = self._landings
                     found = await self._in_thread(self._loads, self._load, row, content, offset, size)
                     if isinstance(found, bytes):
@@ -208,8 +210,11 @@ class RegistrySource:
                 if self._coming is not None:
                     self._coming.urge(False)
 
-    async def _get(self, index: int, row: Row, content: LayerContent, found: _Missing, looked: int) -> None:
-        """Have what is missing fetched; when it was looked for, there had been `looked` landings.  Raises SourceError."""
+    async def _get(self, index: int, row: Row, content: LayerContent, found: _Missing, looked: int, fetched: bool) -> None:
+        """Have what is missing fetched; when it was looked for, there had been `looked` landings.  Raises SourceError.
+
+        `fetched`: what is found damaged came just now, and was not damaged here, on the disk.
+        """
         landed = {number: self._landed.get((content.layer, number), 0) for number in found.spans}
         wanted = [number for number in found.spans if number in found.holes or not landed[number]]
         wanted = [number for number in wanted if landed[number] <= looked]
@@ -222,7 +227,9 @@ class RegistrySource:
             from_mirror = not self._from_mirrors.isdisjoint(spans)
             unasked = not self._unasked.isdisjoint(spans)
             error = await self._corrupt(row, content, found)
-            if not self._distrust_mirrors() and not from_mirror and not unasked:
+            if not (fetched or from_mirror or unasked):
+                print(f"{self.name(row)}: what was kept of it is damaged; it is fetched again", file=sys.stderr, flush=True)
+            elif not self._distrust_mirrors() and not from_mirror and not unasked:
                 raise error
         for flight in flights:
             await self._arrival(flight)
@@ -242,7 +249,7 @@ class RegistrySource:
 
     def _load(self, row: Row, content: LayerContent, offset: int, size: int) -> bytes | _Missing:
         """The bytes, or what must be fetched first.  In a thread."""
-        if (ready := self._from_objects(row, offset, size)) is not None:
+        if (ready := self._from_objects(row, content, offset, size)) is not None:
             return ready
         if content.extents is None:
             return self._from_spool(row, content, offset, size)
@@ -254,16 +261,28 @@ class RegistrySource:
             data[at : at + length] = part
         return bytes(data)
 
-    def _from_objects(self, row: Row, offset: int, size: int) -> bytes | None:
+    def _from_objects(self, row: Row, content: LayerContent, offset: int, size: int) -> bytes | None:
+        """The bytes, if OBJECTS have them and they are right; those of a sparse file are not looked at."""
+        whole = content.extents is None
+        begin = offset - offset % CHUNK_BYTES if whole else offset
+        end = min(offset + size + -(offset + size) % CHUNK_BYTES, row.size_bytes) if whole else offset + size
         try:
             descriptor = os.open(Objects.path(row.key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._objects)
         except FileNotFoundError:
             return None
         try:
-            data = os.pread(descriptor, size, offset)
+            data = os.pread(descriptor, end - begin, begin)
         finally:
             os.close(descriptor)
-        return data if len(data) == size else None
+        if whole:
+            for at in range(0, end - begin, CHUNK_BYTES):
+                expected = chunk_of(row, content, (begin + at) // CHUNK_BYTES)[1]
+                if hashlib.sha256(data[at : at + CHUNK_BYTES]).digest() != expected:
+                    if row.key not in self._damaged:
+                        self._damaged.add(row.key)
+                        print(f"{self.name(row)} is damaged in the object cache; it is fetched", file=sys.stderr, flush=True)
+                    return None
+        return data[offset - begin :][:size] if len(data) == end - begin else None
 
     def _from_spool(self, row: Row, content: LayerContent, begin: int, size: int) -> bytes | _Missing:
         """`size` bytes from `begin` of what is stored of the object."""
@@ -512,6 +531,8 @@ class RegistrySource:
         return whole
 
     def _has(self, row: Row) -> bool:
+        if row.key in self._damaged:
+            return False
         try:
             return os.stat(Objects.path(row.key), dir_fd=self._objects, follow_symlinks=False).st_size == row.size_bytes
         except FileNotFoundError:

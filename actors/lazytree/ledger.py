@@ -183,15 +183,18 @@ class Ledger:
 
     # --- taking away ---
 
-    def unlink(self, key: str) -> int:
-        """Remove an object → how many bytes that has freed; those of a file that somebody holds come with `forget_freed`."""
+    def unlink(self, key: str, published_bytes: int | None = None) -> int:
+        """Remove an object → how many bytes that has freed; those of a file that somebody holds come with `forget_freed`.
+
+        `published_bytes`: the size that it had when it was counted, if that is not the present one.
+        """
         path = f"{key[:2]}/{key[2:]}"
         try:
             status = os.stat(path, dir_fd=self._directory, follow_symlinks=False)
             handle = _handle_of(self._directory, path)
         except FileNotFoundError:
             return 0
-        size = taken_bytes(status)
+        size = taken_bytes(status) if published_bytes is None else published_bytes + -published_bytes % BLOCK_BYTES
         self._save(
             self._record._replace(
                 intent=_Intent.UNLINK, inode=status.st_ino, adds_bytes=-size, key=bytes.fromhex(key), handle=handle

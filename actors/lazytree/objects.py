@@ -13,6 +13,7 @@ server has dropped to the task's uid and only reads; what it has fetched it can 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from typing import BinaryIO
@@ -82,6 +83,30 @@ class Objects:
         except FileExistsError:
             return False
         return True
+
+    def replace(self, file: BinaryIO, key: str) -> None:
+        """Put a created file, whose content is complete and checked, in the place of an object that is damaged.  Not yet durable.
+
+        Who has the damaged one open keeps it.
+        """
+        file.flush()
+        os.fchmod(file.fileno(), 0o444)
+        unnamed = f".{key}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unnamed, dir_fd=self.descriptor)
+        os.link(f"/proc/self/fd/{file.fileno()}", unnamed, dst_dir_fd=self.descriptor, follow_symlinks=True)
+        # What is counted is what was published, and so is this.
+        os.rename(unnamed, self.path(key), src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def has_of_size(self, key: str, size_bytes: int) -> bool:
+        """Whether the object is there; one of another size is damaged, and removed."""
+        try:
+            if os.stat(self.path(key), dir_fd=self.descriptor, follow_symlinks=False).st_size == size_bytes:
+                return True
+        except FileNotFoundError:
+            return False
+        self.ledger.unlink(key, size_bytes)
+        return False
 
     def sync(self) -> None:
         """Make all objects published so far durable, with one syncfs(2), and record it."""

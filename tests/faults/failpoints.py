@@ -428,6 +428,7 @@ AT_EVERY_START = (
     *(f"mkdir STATE/images/cache/{place}" for place in ("ledgers", "trees", "whole", "holds", "daemons")),
     *(f"rename STATE/images/cache/{place}" for place in ("limits", "daemons/DAEMON", "boot")),
     "write STATE/images/cache/.boot",
+    "write STATE/images/cache/checked",
     *(f"mkdir RUN/{place}" for place in ("tasks", "runtimes", "runtimes/crun", "served", "images")),
     "remove RUN/.PID",
     "chmod RUN/.PID",

@@ -203,3 +203,39 @@ def test_a_killed_evictor_is_followed_by_another(tmp_path: Path, proxy: Proxy) -
         assert daemon.command("image", "prune").returncode == 0
         cache = daemon.state / "images/cache"
         assert usage(daemon)["cache_bytes"] == there_bytes(cache) <= CAP
+
+
+def test_damaged_content_is_found_and_fetched_again(tmp_path: Path, proxy: Proxy) -> None:
+    with bounded(tmp_path, proxy, AERIE_IMAGE_IDLE_UNMOUNT="1h") as daemon:
+        assert out(daemon, proxy, "a") == sums("a")
+        cache = daemon.state / "images/cache"
+
+        def damage(number: int) -> Path:
+            key = hashlib.sha256(content("a", number)).hexdigest()
+            path = cache / key[:2] / key[2:]
+            with open(path, "r+b") as file:
+                file.seek(1000)
+                file.write(b"damage")
+            return path
+
+        paths = [damage(0), damage(1)]
+        os.truncate(damage(2), 1000)
+        assert out(daemon, proxy, "a", "md5sum /data/5") == hashlib.md5(content("a", 5)).hexdigest()
+        checked = json.loads(daemon.command("image", "check", "--json").stdout)
+        assert (checked["damaged"], checked["repaired"]) == (3, 3) and checked["objects"] >= FILES
+        assert "was damaged on this node's disk; it is fetched again" in daemon.log.read_text()
+        assert [path.read_bytes() for path in paths] == [content("a", 0), content("a", 1)]
+        assert usage(daemon)["cache_bytes"] == there_bytes(cache)
+        assert json.loads(daemon.command("image", "check", "--json").stdout)["damaged"] == 0
+        # Without its registry it is removed: no bytes are better than wrong ones.
+        damage(3)
+        proxy.on("", status(503))
+        checked = json.loads(daemon.command("image", "check", "--json").stdout)
+        assert (checked["damaged"], checked["repaired"]) == (1, 0)
+        assert not (
+            cache / hashlib.sha256(content("a", 3)).hexdigest()[:2] / hashlib.sha256(content("a", 3)).hexdigest()[2:]
+        ).exists()
+        proxy.behave()
+        assert json.loads(daemon.command("image", "check", "--json").stdout)["damaged"] == 0
+        assert daemon.command("image", "prune").returncode == 0  # and so the image is unmounted, and mounted anew
+        assert out(daemon, proxy, "a") == sums("a")

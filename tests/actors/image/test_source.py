@@ -498,3 +498,28 @@ def test_parts_of_a_sparse_file(data: some.DataObject) -> None:
     for begin, place, length in _parts(extents, offset, size):
         result[begin : begin + length] = stored[place : place + length]
     assert result == content[offset : offset + size]
+
+
+@pytest.mark.parametrize("where", ["objects", "spool"])
+def test_what_is_damaged_on_this_disk_is_fetched_again(image: Image, where: str, capfd: pytest.CaptureFixture[str]) -> None:
+    expected = FILES["usr/prose"]
+    index = by_size(image, expected)
+    row = image.table.row(index)
+    place = Spool(image.spool, image.spans).place(decode_content(row))
+
+    async def body() -> None:
+        assert await read(image, source, index) == expected
+        if where == "objects":
+            image.publish(index)
+            await source.taken([index])
+            file = os.open(Objects.path(row.key), os.O_WRONLY, dir_fd=image.objects.descriptor)
+            os.pwrite(file, b"damage", 1000)
+            os.close(file)
+        else:
+            os.pwrite(image.spool, b"damage", place + 1000)
+        assert await read(image, source, index, 500, 2000) == expected[500:2500]
+        assert await read(image, source, index) == expected
+
+    source = image.source()
+    running(source, body)
+    assert "is damaged" in capfd.readouterr().err

@@ -1,0 +1,62 @@
+"""Damaged objects of a real image, sparse ones too: found and fetched again from a real registry."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from actors.cache.archives import source_of
+from actors.cache.checking import all_prefixes, check
+from actors.image.archive import Archive
+from actors.image.builder import Build
+from actors.image.content import decode_content
+from actors.image.wire import BuildImage, Built
+from actors.lazytree import trees
+from actors.lazytree.objects import Objects
+from tests.actors.image.images import RunningRegistry, member, tar
+from tests.actors.image.test_source import prose, sparse_layer
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
+    running = RunningRegistry(tmp_path_factory.mktemp("registry"))
+    yield running
+    running.stop()
+
+
+def test_every_sort_of_object(tmp_path: Path, registry: RunningRegistry) -> None:
+    repository = registry.repository("checked")
+    files = [member(f"f{number}", prose(1 + number * 40_000, number)) for number in range(30)]
+    layers = [tar(*files, member("large", prose(5 << 20, 99))), sparse_layer(), tar(member("plain", prose(1 << 20, 7)))]
+    repository.push(*layers, blobs=[gzip.compress(layers[0]), gzip.compress(layers[1]), layers[2]])
+    archives = str(tmp_path / "archives")
+    built = Build(BuildImage(repository.reference(), archives, str(tmp_path / "objects"))).run()
+    assert isinstance(built, Built)
+    archive = Archive.open(built.archive)
+    with closing(Objects(str(tmp_path / "objects"))) as objects, closing(archive.objects()) as table:
+        tree = archive.info.digest.replace(":", "-")
+        trees.record(objects.descriptor, tree, source_of(archive), table.keys())
+        rows = [table.row(index) for index in range(len(table))]
+        report = check(objects, archives, all_prefixes(), "")
+        assert (report.checked, report.damaged) == (len(rows), 0)
+
+        expected = {row.key: (tmp_path / "objects" / Objects.path(row.key)).read_bytes() for row in rows}
+        sparse = 0
+        for row in rows:
+            sparse += (extents := decode_content(row).extents) is not None
+            at = extents[0][0] if extents else row.size_bytes // 2
+            file = os.open(Objects.path(row.key), os.O_WRONLY, dir_fd=objects.descriptor)
+            os.pwrite(file, bytes([expected[row.key][at] ^ 1]), at)
+            os.close(file)
+        assert sparse
+        report = check(objects, archives, all_prefixes(), "")
+        assert (report.checked, report.damaged, report.repaired) == (len(rows), len(rows), len(rows)), report.texts
+        for row in rows:
+            path = tmp_path / "objects" / Objects.path(row.key)
+            assert path.read_bytes() == expected[row.key] and path.stat().st_mode & 0o7777 == 0o444
+        assert check(objects, archives, all_prefixes(), "").damaged == 0
