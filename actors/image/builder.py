@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from actors.image.archive import Archive, ImageInfo, LayerInfo, archive_path, write_archive
 from actors.image.checkpoints import Checkpoints
 from actors.image.content import Contents
+from actors.image.download import Download
 from actors.image.errors import ArchiveInvalid, ContentCorrupt, DiskFull, LayerUnsafe, OverBounds, Unsupported
 from actors.image.layers import LayeredTree, is_whiteout
 from actors.image.manifests import ConfigDocument, Manifest, Platform, ProcessConfig
@@ -152,11 +153,14 @@ class Build:
         manifest = self._manifest = registry.manifest(digest)
         config = registry.config(manifest, platform)
         self._phase = "reading layers"
-        with contextlib.closing(Checkpoints(self._order.archive_dir)) as checkpoints:
+        with (
+            contextlib.closing(Checkpoints(self._order.archive_dir)) as checkpoints,
+            Download(registry, manifest.layers) as download,
+        ):
             tree, contents = LayeredTree(self._budget), Contents(objects)
             for number, (layer, diff_id) in enumerate(zip(manifest.layers, config.rootfs.diff_ids, strict=True)):
                 self._layer = number + 1
-                blob = Verified(registry.blob(layer), layer)
+                blob = Verified(download.next_layer(), layer)
                 try:
                     self._read_layer(blob, number, diff_id, tree, contents, checkpoints)
                 except (ContentCorrupt, LayerUnsafe, Unsupported) as error:

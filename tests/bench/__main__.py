@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.bench import indexing, lazy, restarts, stall, tasks, trees, workspaces
+from tests.bench import cold, indexing, lazy, restarts, stall, tasks, trees, workspaces
 from tests.bench.site import Site
 from tests.bench.table import Row, as_json, table
 
@@ -19,6 +19,7 @@ PARTS: dict[str, Callable[[Site], Iterator[Row]]] = {
     "trees": trees.rows,
     "indexing": indexing.rows,
     "lazy": lazy.rows,
+    "cold": cold.rows,
     "workspaces": workspaces.rows,
     "stall": stall.rows,
     "restarts": restarts.rows,
