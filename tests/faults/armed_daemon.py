@@ -32,6 +32,7 @@ class ArmedDaemon(Daemon):
     def __init__(self, home: Path, image: str, registry: RunningRegistry, **more: str) -> None:
         self.points, self.logs_dir, self.registry = home / "failpoints", home / "logs", registry
         self.points.mkdir()
+        self._heard_bytes = 0  # of the trace
         settings = {
             "AERIE_OUTPUT_FILE_DIR": str(self.logs_dir),
             "AERIE_GATEWAY_PARALLEL": "1",
@@ -84,10 +85,16 @@ class ArmedDaemon(Daemon):
                     start_new_session=True,
                 )
 
-    def reached(self, task: str) -> list[str]:
-        """The operations that were begun so far, by their names, each once; those of other tasks are left out."""
-        lines = (self.points / "trace").read_text().splitlines()
-        return list(dict.fromkeys(operation_name(line, task) for line in lines))
+    def reached(self, *tasks: str) -> list[str]:
+        """The operations that were begun since this was asked last, by their names, each once; TASK in them is any of these tasks."""
+        with open(self.points / "trace") as trace:
+            trace.seek(self._heard_bytes)
+            text = trace.read()
+            self._heard_bytes += len(text.encode())
+        names = dict.fromkeys(text.splitlines())
+        for task in tasks:
+            names = dict.fromkeys(operation_name(name, task) for name in names)
+        return list(names)
 
     def quiet(self) -> None:
         """Wait until nothing is going on, and see that nothing is left of any task."""
