@@ -203,7 +203,7 @@ class CacheActor(Actor):
 
     def _usage(self) -> messages.Usage:
         settings = self._settings
-        found = list(archives.look(settings.archive_dir))
+        found = archives.look(settings.archive_dir)
         return messages.Usage(
             cache_bytes=ledger.sum_of(self._objects).used_bytes,
             cache_bytes_max=settings.cache_bytes_max,

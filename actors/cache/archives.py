@@ -51,7 +51,7 @@ def candidates(found: Iterable[Found], mounted: frozenset[str], bytes_max: int, 
 
 def evict(directory: str, bytes_max: int, has: Callable[[TreeSource], bool]) -> Gone:
     """Remove archives until all that are left take LOW of the bound, if there are as many that may go."""
-    found = list(look(directory))
+    found = look(directory)
     total = sum(each.size_bytes for each in found)
     if total <= bytes_max:
         return Gone(0, 0, False)
@@ -64,14 +64,21 @@ def evict(directory: str, bytes_max: int, has: Callable[[TreeSource], bool]) -> 
     return Gone(removed, freed, total - freed > bytes_max)
 
 
-def look(directory: str) -> Iterable[Found]:
-    """What is in the directory."""
+def look(directory: str) -> list[Found]:
+    """The archives in the directory, each with what lies beside it: traces, and packs."""
+    sizes: dict[str, int] = {}
+    used: dict[str, float] = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
-            if entry.name.endswith(SUFFIX) and not entry.name.startswith("."):
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    yield Found(entry.name, status.st_size, status.st_mtime)
+            stem, dot, _ = entry.name.partition(".")
+            if not stem or not dot:
+                continue  # being written, or nothing of ours
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat(follow_symlinks=False)
+                sizes[stem] = sizes.get(stem, 0) + status.st_size
+                if entry.name == stem + SUFFIX:
+                    used[stem] = status.st_mtime
+    return [Found(stem + SUFFIX, sizes[stem], used_s) for stem, used_s in used.items()]
 
 
 def record_trees(objects: int, directory: str) -> None:

@@ -60,7 +60,8 @@ class Build:
         os.makedirs(order.archive_dir, exist_ok=True)
         objects = Objects(order.cache_dir)
         try:
-            _ = objects.ledger  # from now on what this build leaves is no orphan, though it is in no tree yet
+            with contextlib.suppress(OSError):  # a full disk, on which it will leave nothing
+                _ = objects.ledger  # from now on what this build leaves is no orphan, though it is in no tree yet
             if reference.digest and (found := self._find(reference.digest, objects)):
                 return found
             with Registry(reference, order.access.login, mirrors=order.access.mirrors) as registry:

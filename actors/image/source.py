@@ -24,6 +24,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import accumulate
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -36,7 +37,7 @@ from actors.image.content import CHUNK_BYTES, LayerContent, chunk_of, decode_con
 from actors.image.errors import ContentCorrupt, ImageError
 from actors.image.readahead import Readahead
 from actors.image.registry import Registry
-from actors.image.spool import Spool
+from actors.image.spool import MEMORY_BYTES, Spool
 from actors.image.stream import decompress_from
 from actors.lazytree.objects import Objects
 from actors.lazytree.server import SourceError
@@ -109,7 +110,7 @@ class RegistrySource:
         self._objects = objects
         self._connect = connect
         self._timeout_s = timeout_s
-        self._spool_bytes_max = spool_bytes_max
+        self._spool_bytes_max = self._disk_bytes_max = spool_bytes_max
         self._completed = completed
         self._coming = coming
         self._loads = trio.CapacityLimiter(LOADS_MAX)
@@ -449,15 +450,17 @@ class RegistrySource:
         rows: list[int] = []
         try:
             with flight.scope, self._fetching():
+                self._use_disk_again()
                 await self._make_room(self._spool_bytes_max)
                 distrusted = self._mirrors_distrusted
-                try:
-                    rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                        raise
-                    await self._make_room(0)
-                    rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
+                for make_room in (partial(self._make_room, 0), self._use_memory, None):
+                    try:
+                        rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
+                        break
+                    except OSError as error:
+                        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or make_room is None:
+                            raise
+                        await make_room()
                 self._landings += 1
                 for span in flight.spans:
                     self._landed.pop(span, None)
@@ -563,6 +566,26 @@ class RegistrySource:
                     return  # those who wait for it are few
                 del self._landed[oldest]
                 await self._in_thread(self._loads, self._give_up, *oldest)
+
+    async def _use_memory(self) -> None:
+        """The disk is full, and nothing of it is ours to give up: a little is kept in memory, so that who reads has what it asks for."""
+        if not self._spool.in_memory:
+            print(
+                f"{self._reference}: the disk of its content is full; it is read without being kept",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._spool.to_memory()
+            self._landed.clear()
+            self._spool_bytes_max = min(self._disk_bytes_max, MEMORY_BYTES)
+            self._waiting.total_tokens = WAITING_MIN
+
+    def _use_disk_again(self) -> None:
+        if self._spool.in_memory and self._spool.disk_has_room:
+            self._spool.to_disk()
+            self._landed.clear()
+            self._spool_bytes_max = self._disk_bytes_max
+            self._waiting.total_tokens = max(WAITING_MIN, self._disk_bytes_max // WAITING_BYTES)
 
     def _give_up(self, layer: int, number: int) -> None:
         begin, end = self._spans.bounds(layer, number)

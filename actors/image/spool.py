@@ -25,6 +25,8 @@ _TAR_RECORD_BYTES = 512
 # An object's data begins at a record of its layer, and at least one more record is between it and the next one's.
 _SCALE = PAGE_BYTES // _TAR_RECORD_BYTES
 PUBLISHED_BYTES_MAX, PUBLISHED_MAX = 256 << 20, 2048  # in one call; the order of seconds on a slow disk
+MEMORY_BYTES = 16 << 20  # of a spool in memory
+ROOM_BYTES = 64 << 20  # so much must be free on the disk before it is tried again
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,6 +49,28 @@ class Spool:
         # Behind it is what is announced (`coming`).
         self.end = _SCALE * sum(layer.size_bytes for layer in spans.layers) + PAGE_BYTES
         self.end -= self.end % PAGE_BYTES
+        self._memory: int | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        return self._descriptor == self._memory
+
+    def to_memory(self) -> None:
+        """From now on, what is fetched is kept in memory: the disk is full.  Nobody publishes that, and it is empty."""
+        if self._memory is None:
+            self._memory = os.memfd_create("spool", os.MFD_CLOEXEC)  # never closed: a thread may be just about to use it
+        self._descriptor = self._memory
+
+    def to_disk(self) -> None:
+        """There is room again."""
+        self._descriptor = self.descriptor
+        if self._memory is not None:
+            os.ftruncate(self._memory, 0)
+
+    @property
+    def disk_has_room(self) -> bool:
+        found = os.fstatvfs(self.descriptor)
+        return found.f_bavail * found.f_frsize >= ROOM_BYTES
 
     def place(self, content: LayerContent) -> int:
         """Where the content of an object begins in the spool."""

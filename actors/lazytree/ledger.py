@@ -62,6 +62,9 @@ class _Intent(IntEnum):
     FORGET = 3  # an unlinked file is freed, and is about to leave the list of these
 
 
+_PUBLISH = int(_Intent.PUBLISH)
+
+
 class _Record(NamedTuple):
     """What is in a ledger.  `adds_bytes` is what the intent adds, if it was carried out."""
 
@@ -169,17 +172,19 @@ class Ledger:
             and free_bytes(self._directory) >= self._limits.free_bytes_min + promised_bytes
         )
 
-    @contextlib.contextmanager
-    def publishing(self, key: str, status: os.stat_result) -> Iterator[None]:
-        """Within this the file is given its name.  It counts when this ends without an error."""
-        size = taken_bytes(status)
-        self._save(self._record._replace(intent=_Intent.PUBLISH, inode=status.st_ino, adds_bytes=size, key=bytes.fromhex(key)))
-        try:
-            yield
-        except BaseException:
-            self._done(0)
-            raise
-        self._done(size)
+    def begin_publishing(self, key: str, status: os.stat_result) -> int:
+        """The file is about to be given its name → what it counts for, for `end_publishing`."""
+        size, record = taken_bytes(status), self._record
+        # Packed as it is, for this comes with every file of an image.
+        body = _RECORD.pack(
+            record.used, record.promised, record.since_ns, _PUBLISH, status.st_ino, size, bytes.fromhex(key), b""
+        )
+        os.pwrite(self._file, body, 0)
+        return size
+
+    def end_publishing(self, size_bytes: int) -> None:
+        """It has its name; 0: it has not."""
+        self._done(size_bytes)
 
     # --- taking away ---
 

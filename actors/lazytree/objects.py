@@ -77,11 +77,18 @@ class Objects:
         """Name a created file, whose content is complete and checked; False when the object was there already.  Not yet durable."""
         file.flush()
         os.fchmod(file.fileno(), 0o444)  # whatever the umask said
+        ledger = self.ledger
+        size = ledger.begin_publishing(key, os.fstat(file.fileno()))
         try:
-            with self.ledger.publishing(key, os.fstat(file.fileno())):
-                os.link(f"/proc/self/fd/{file.fileno()}", self.path(key), dst_dir_fd=self.descriptor, follow_symlinks=True)
+            os.link(f"/proc/self/fd/{file.fileno()}", self.path(key), dst_dir_fd=self.descriptor, follow_symlinks=True)
         except FileExistsError:
+            size = 0
             return False
+        except BaseException:
+            size = 0
+            raise
+        finally:
+            ledger.end_publishing(size)
         return True
 
     def replace(self, file: BinaryIO, key: str) -> None:

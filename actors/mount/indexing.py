@@ -34,6 +34,7 @@ PIECE_BYTES_MAX = 1 << 20
 LOOKED_AT_AGAIN_MAX = 2000  # of the objects that were missing the last time; a millisecond or two
 KEPT_MAX = 8  # stores whose last META and table are kept; each at most some 400 bytes an entry
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NAMELESS = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
 _encode_source = msgspec.msgpack.Encoder().encode
 
@@ -150,11 +151,15 @@ class Indexer:
         """Before anybody looks what is in OBJECTS.  Whatever is evicted nevertheless, LAZY answers for."""
         tree = f"store-{hashlib.sha256(identity).hexdigest()}"
         held = Trees(objects.descriptor, self._run_dir)
-        for hold in holds:
-            if not held.hold_again(hold, tree, files.recorded):
-                with closing(ObjectTable(f"/proc/self/fd/{files.table}")) as table:
-                    files.recorded = held.hold(hold, tree, TreeSource(store=store), table.keys())
-        trees.settled(objects.descriptor)
+        try:
+            for hold in holds:
+                if not held.hold_again(hold, tree, files.recorded):
+                    with closing(ObjectTable(f"/proc/self/fd/{files.table}")) as table:
+                        files.recorded = held.hold(hold, tree, TreeSource(store=store), table.keys())
+            trees.settled(objects.descriptor)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
 
     def _kept_files(self, identity: bytes, digest: bytes) -> _Files | None:
         with self._lock:
@@ -264,7 +269,7 @@ def _fill_one(root: int, row: Row, objects: Objects) -> bool:
                 return False
             objects.publish(copy, row.key)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _NO_SPACE:
             raise
         return False  # no room
     finally:

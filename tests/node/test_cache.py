@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -239,3 +240,34 @@ def test_damaged_content_is_found_and_fetched_again(tmp_path: Path, proxy: Proxy
         assert json.loads(daemon.command("image", "check", "--json").stdout)["damaged"] == 0
         assert daemon.command("image", "prune").returncode == 0  # and so the image is unmounted, and mounted anew
         assert out(daemon, proxy, "a") == sums("a")
+
+
+def test_a_full_disk_costs_no_task_its_content(tmp_path: Path, proxy: Proxy) -> None:
+    """OBJECTS on a disk of their own, which somebody else has filled."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "full", str(disk)], check=True)
+    try:
+        with bounded(
+            tmp_path / "node", proxy, AERIE_IMAGE_CACHE_DIR=str(disk / "cache"), AERIE_IMAGE_CACHE_MAX="1Gi"
+        ) as daemon:
+            (disk / "other").write_bytes(bytes(os.statvfs(disk).f_bavail * 4096))
+            for image in ("a", "b"):
+                assert out(daemon, proxy, image) == sums(image)
+            assert "is read without being kept" in daemon.log.read_text()
+            (disk / "other").unlink()
+            unmounted(daemon)
+            assert out(daemon, proxy, "a") == sums("a")
+            assert there_bytes(disk / "cache") > 0
+            store = daemon.state / "workspaces/w"
+            store.mkdir(parents=True)
+            for number in range(20):
+                (store / str(number)).write_bytes(content("w", number)[: 50 << 10])
+                os.chown(store / str(number), 1000, 1000)
+            (disk / "other").write_bytes(bytes(os.statvfs(disk).f_bavail * 4096))
+            result = daemon.run("cat * | wc -c; echo x > new", image=f"{proxy.address}/cap-a:1", workspace="w")
+            assert (result.exit_code, result.sync, result.error) == (0, "synced", None)
+            assert daemon.logs(result.task)[0].split() == [b"1024000"]
+            unmounted(daemon)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -18,6 +18,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+import actors.image.spool as spool_module
 from actors.image.content import decode_content, stored_bytes
 from actors.image.source import _parts
 from actors.image.spool import Spool, create
@@ -428,7 +429,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def test_a_full_disk_is_the_reason_and_what_is_not_needed_makes_room(image: Image, small_disk: Path) -> None:
+def test_on_a_full_disk_what_is_not_needed_makes_room_and_where_there_is_none_memory_does(
+    image: Image, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.close(image.spool)
     image.spool = create(str(small_disk))
     source = image.source()
@@ -444,8 +447,16 @@ def test_a_full_disk_is_the_reason_and_what_is_not_needed_makes_room(image: Imag
     other = image.source()  # which knows nothing of what it could give up
 
     async def without_room() -> None:
-        with pytest.raises(SourceError, match="cannot be kept on this node: No space left"):
-            await read(image, other, by_size(image, PLAIN["plain/a"]))
+        memory = []
+        for content in (FILES["usr/noise"], FILES["usr/prose"], PLAIN["plain/a"], CONTENTS[-3]):
+            for offset in range(0, len(content) - 1000, 700_000):
+                assert await read(image, other, by_size(image, content), offset, 1000) == content[offset : offset + 1000]
+                memory.append(other._spool.used_bytes)
+        assert other._spool.in_memory and 0 < max(memory) < 24 * MIB  # the bound is 16 MiB, and a fetch may be under way
+        (small_disk / "other").unlink()
+        monkeypatch.setattr(spool_module, "ROOM_BYTES", MIB)
+        assert await read(image, other, by_size(image, PLAIN["plain/b"])) == PLAIN["plain/b"]
+        assert not other._spool.in_memory and os.fstat(image.spool).st_blocks
 
     running(other, without_room)
 
