@@ -39,8 +39,8 @@ def forget_another_boot(services: Services) -> None:
 def take_stock(cache_dir: str, boot_id: str, running: bool = False) -> int:
     """Once in a boot: remove objects that a power cut may have torn, and count the others → how many are removed.
 
-    By whichever of the daemons that share them is first: when the others start, something may be mounted already.  So it may be where
-    they were never counted and this daemon is `running` already, of an older version: then nothing is removed.
+    By whichever of the daemons that share them is first: when the others start, something may be mounted already.  So it may be when this
+    daemon was `running` before in this boot, and did not count, for it was an older version, or the disk was full: nothing is removed.
     """
     mark = Path(cache_dir) / "boot"
     counted = mark.read_text() if mark.exists() else ""
@@ -48,7 +48,7 @@ def take_stock(cache_dir: str, boot_id: str, running: bool = False) -> int:
         return 0
     removed = 0
     with closing(Objects(cache_dir)) as objects, trees.evicting(objects.descriptor, COUNT_S):
-        if not counted and running:
+        if running:
             objects.count()
         elif not mark.exists() or mark.read_text() != boot_id:
             removed = objects.forget_unsynced()
@@ -56,8 +56,11 @@ def take_stock(cache_dir: str, boot_id: str, running: bool = False) -> int:
                 for tree in trees.trees(objects.descriptor):
                     trees.no_longer_whole(objects.descriptor, tree.name)
         unnamed = mark.with_name(".boot")
-        unnamed.write_text(boot_id)
-        unnamed.rename(mark)
+        try:
+            unnamed.write_text(boot_id)
+            unnamed.rename(mark)
+        except OSError as error:  # a full disk: the next start counts again
+            logger.warning("{}: {}", mark, error)
     return removed
 
 
@@ -76,25 +79,24 @@ def clean_up(services: Services) -> None:
     living = {f"{task}.{number}" for task, number in attempts.items()}
     for kind, count in clean_orphans(services, SandboxHost(layout), living).items():
         recovered.cleaned(kind, count)
-    recovered.cleaned("hold", sweep_holds(services, set(attempts)))
     for task in layout.known_tasks() - attempts.keys():
         recovered.cleaned("mount", unmount_all(layout.task(task)))
         recovered.cleaned("directory", remove_all(layout.task(task), task in known))
+    sweep_holds(services, set(attempts))
 
 
-def sweep_holds(services: Services, tasks: set[str]) -> int:
-    """Give back the holds on content of trees that are not mounted any more, and of no task that goes on → how many."""
+def sweep_holds(services: Services, tasks: set[str]) -> None:
+    """Give back the holds on content of trees that are not mounted any more, and of no task that goes on."""
     settings = services.settings
     if not Path(settings.image.cache_dir).is_dir():
-        return 0
+        return
     kept = {hold_name(task) for task in tasks}
     kept |= {Path(mount.target).name for mount in mounts.mounts_below(settings.image.mount_dir)}
     with closing(Objects(settings.image.cache_dir)) as objects:
         held = Trees(objects.descriptor, settings.run.dir)
-        swept = [name for name in held.holds() if name not in kept]
-        for name in swept:
-            held.release(name)
-    return len(swept)
+        for name in held.holds():
+            if name not in kept:
+                held.release(name)
 
 
 def unmount_all(layout: TaskLayout) -> int:

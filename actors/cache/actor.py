@@ -80,6 +80,7 @@ class CacheActor(Actor):
         self._check_order: wire.CheckObjects | None = None
         self._checking: list[Deferred] = []
         self._check_all = False  # somebody waits for it
+        self._announced = False
         self._looking = False
         self._look_again = False
         self._pause_s = 0.0
@@ -88,14 +89,13 @@ class CacheActor(Actor):
 
     def on_begin(self) -> None:
         settings = self._settings
-        with contextlib.closing(Objects(settings.cache_dir)) as objects:
-            ledger.set_limits(objects.descriptor, Limits(settings.cache_bytes_max, settings.free_bytes_min))
-            run_dir = self._services.settings.run.dir
-            Trees(objects.descriptor, run_dir).announce(run_dir, settings.mount_dir)
+        with contextlib.closing(Objects(settings.cache_dir)):
+            pass  # made, if it is missing
         self._objects = os.open(settings.cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._inotify = INotify(nonblocking=True)
         self._inotify.add_watch(settings.cache_dir, flags.MOVED_TO | flags.ONLYDIR)
         self._listen()
+        self._announce()
         self.mailbox(_Look())
 
     def on_end(self, reason: object) -> None:
@@ -131,6 +131,8 @@ class CacheActor(Actor):
             case _PruneNow(object_bytes):
                 self._evict(object_bytes)
             case _Look():
+                if not self._announced:
+                    self._announce()
                 self._look(waited_for=False)
                 self.after(LOOK_S, message)
             case _Wanted():
@@ -153,6 +155,16 @@ class CacheActor(Actor):
                 self._from_evictor(message)
                 self._from_checker(message)
         return None
+
+    def _announce(self) -> None:
+        """Before any of this daemon's holds is placed, unless the disk is full; then again and again."""
+        settings, run_dir = self._settings, self._services.settings.run.dir
+        try:
+            Trees(self._objects, run_dir).announce(run_dir, settings.mount_dir)
+            ledger.set_limits(self._objects, Limits(settings.cache_bytes_max, settings.free_bytes_min))
+            self._announced = True
+        except OSError as error:
+            logger.warning("the bounds of {} cannot be written down there: {}", settings.cache_dir, error)
 
     # --- looking ---
 

@@ -87,7 +87,9 @@ class Sum(NamedTuple):
 
 
 def set_limits(directory: int, limits: Limits) -> None:
-    """From now on these are the limits of the OBJECTS that this descriptor is of."""
+    """From now on these are the limits of the OBJECTS that this descriptor is of.  Raises OSError."""
+    if limits_of(directory) == limits:
+        return  # also on a full disk
     _write_whole(directory, LIMITS, b"%d %d\n" % limits)
 
 

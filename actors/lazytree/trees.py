@@ -75,7 +75,11 @@ class Trees:
     def announce(self, run_dir: str, mount_dir: str) -> None:
         """This daemon is about to place holds."""
         prepare(self._directory)
-        _write(self._directory, f"{DAEMONS}/{self._daemon}", os.fsencode(run_dir) + b"\0" + os.fsencode(mount_dir))
+        place, body = f"{DAEMONS}/{self._daemon}", os.fsencode(run_dir) + b"\0" + os.fsencode(mount_dir)
+        with contextlib.suppress(FileNotFoundError), _open(self._directory, place) as file:
+            if file.read() == body:
+                return  # also on a full disk
+        _write(self._directory, place, body)
 
     def hold(self, name: str, tree: str, source: TreeSource, keys: bytes) -> int:
         """The tree is used now, and its objects are to stay until `release(name)` → the record's inode, for `hold_again`."""
