@@ -6,17 +6,21 @@ ends as if it had not been.
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from actors.gateway.messages import Stop
 from tests.actors.image.images import RunningRegistry
 from tests.faults.armed_daemon import ArmedDaemon
 from tests.faults.failpoints import IN_A_ROW, KEEPER_TOO, WITH_KEEPER_IN_A_ROW, killed_at, known, operations
 from tests.faults.scenarios import BEGIN, IN_A_ROW_SCENARIOS, PRINT, READY, SCENARIOS, Kill, check_ended
-from tests.node.test_tasks import wait_for_output
+from tests.node.test_tasks import stop, wait_for_output
 
 numbers = count(1)
 
@@ -76,6 +80,22 @@ def test_killed_at(shared: Shared, scenario: str, point: str) -> None:
 )
 def test_killed_with_its_keeper_at(shared: Shared, scenario: str, point: str) -> None:
     run(shared, SCENARIOS[scenario], point, keeper=True)
+
+
+def test_a_stop_is_on_record_before_the_task_hears_of_it(shared: Shared) -> None:
+    """Else a task that ends at once, under a daemon that is killed at that moment, was not stopped but has ended by itself."""
+    daemon, task = shared.get(), f"task-{next(numbers)}"
+    daemon.submit(f"trap 'echo bye; exit 9' TERM; {READY}", task=task)
+    wait_for_output(daemon, task, b"ready\n")
+    with daemon.killed_at(task, "commit UPDATE tasks.stop_cause cancelled TASK", hangs=True):
+        daemon.client.send(Stop(daemon.client.number(), task, False))
+    time.sleep(0.2)
+    assert b"bye" not in (daemon.state / "tasks" / task / "output/journal").read_bytes()
+    os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
+    daemon.close_client()
+    result = stop(daemon, task)
+    assert (result.reason, result.exit_code) == ("cancelled", 9)
+    daemon.quiet()
 
 
 @pytest.mark.parametrize("scenario", IN_A_ROW_SCENARIOS)
