@@ -210,14 +210,15 @@ def save_beside(path: str, pieces: Iterable[bytes]) -> int:
 def hold(path: str) -> int:
     """Keep the archive from being evicted, by anybody on any node, until the descriptor is closed.  It is used now, its time says.
 
-    Raises OSError (FileNotFoundError when there is none).
+    Where the file system knows no locks, or no times of ours, that is how it is.  Raises OSError (FileNotFoundError: there is none).
     """
     for _ in range(HOLD_TRIES):
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _lock_shared(file)
             if os.fstat(file).st_nlink:
-                os.utime(file)
+                with contextlib.suppress(OSError):
+                    os.utime(file)
                 return file
         except BlockingIOError:
             time.sleep(0.001)  # somebody removes it, just now
@@ -226,6 +227,14 @@ def hold(path: str) -> int:
             raise
         os.close(file)
     raise FileNotFoundError(errno.ENOENT, "it is just being removed", path)
+
+
+def _lock_shared(file: int) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def _write_sections(file: BinaryIO, root: erofs.Node, rows: Iterable[Row], checkpoints: Checkpoints, info: ImageInfo) -> None:

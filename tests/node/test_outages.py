@@ -75,10 +75,9 @@ def out(daemon: Daemon, script: str) -> str:
     return stdout.decode().split()[0]
 
 
-@pytest.mark.parametrize("prefetch", ["off", "full"])
-def test_with_both_black_holed_what_is_here_starts_in_time(tmp_path: Path, away: Away, prefetch: str) -> None:
+def test_with_both_black_holed_what_is_here_starts_in_time(tmp_path: Path, away: Away) -> None:
     away.behave()
-    settings = away.settings | {"AERIE_IMAGE_PREFETCH": prefetch, "AERIE_IMAGE_IDLE_UNMOUNT": "0s"}
+    settings = away.settings | {"AERIE_IMAGE_PREFETCH": "full", "AERIE_IMAGE_IDLE_UNMOUNT": "0s"}
     with running(tmp_path, away.image, **settings) as daemon:
         assert out(daemon, "md5sum /noise") == SUM
         daemon.wait_released()
@@ -96,7 +95,7 @@ def test_with_both_black_holed_what_is_here_starts_in_time(tmp_path: Path, away:
 
 
 def test_a_new_daemon_with_archive_and_content_needs_neither(tmp_path: Path, away: Away) -> None:
-    """Both are stopped for good: last in this file but one."""
+    """Both are stopped for good: the last test but one that wants them."""
     away.behave()
     shared = {"AERIE_IMAGE_ARCHIVE_DIR": str(tmp_path / "archives"), "AERIE_IMAGE_CACHE_DIR": str(tmp_path / "cache")}
     (tmp_path / "1").mkdir()
@@ -135,9 +134,9 @@ def test_a_read_that_cannot_be_answered_ends_in_time_and_says_why(tmp_path: Path
             begun = time.monotonic()
             (daemon.run_dir / "tasks" / task / "root/go").touch()
             result = daemon.result(task)
-            assert time.monotonic() - begun < 10
+            assert time.monotonic() - begun < 20, (result, daemon.logs(task), daemon.log.read_text()[-2000:])
             assert result.exit_code == 1 and b"Input/output error" in daemon.logs(task)[1]
-            assert result.error and "a read failed" in result.error and "cannot be reached" in result.error
+            assert result.error and "a read failed" in result.error and registry.address in result.error
             assert not [pid for pid in daemon.processes() if _state(pid) == "D"]
     finally:
         registry.stop()
