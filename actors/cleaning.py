@@ -14,6 +14,7 @@ from actors.lazytree.objects import Objects
 from actors.lazytree.trees import Trees
 from actors.mount.actor import hold_name
 from actors.mount.syncer import waits_for_later
+from actors.removal import Removal
 from actors.sandbox.host import SandboxHost
 from actors.sandbox.orphans import clean_orphans
 from actors.services import Services
@@ -81,7 +82,7 @@ def clean_up(services: Services) -> None:
         recovered.cleaned(kind, count)
     for task in layout.known_tasks() - attempts.keys():
         recovered.cleaned("mount", unmount_all(layout.task(task)))
-        recovered.cleaned("directory", remove_all(layout.task(task), task in known))
+        recovered.cleaned("directory", remove_all(layout.task(task), task in known, services.removal))
     sweep_holds(services, set(attempts))
 
 
@@ -109,14 +110,14 @@ def unmount_all(layout: TaskLayout) -> int:
     return len(found)
 
 
-def remove_all(layout: TaskLayout, known: bool) -> int:
+def remove_all(layout: TaskLayout, known: bool, removal: Removal) -> int:
     """Remove the directories of a task that is over, but what waits to be synced, and the output of one that is known → how many."""
     doomed = []
-    if not mounts.mounts_below(str(layout.volatile)):  # rmtree would go through a mount, and remove what is on it
+    if not mounts.mounts_below(str(layout.volatile)):  # they would go with it, for whoever is on one
         doomed.append(layout.volatile)
     if not waits_for_later(layout.workspace_home):
         doomed.append(layout.workspace_home if known else layout.durable)
     present = [directory for directory in doomed if directory.exists()]
     for directory in present:
-        shutil.rmtree(directory, ignore_errors=True)
+        removal.remove(directory)
     return len(present)

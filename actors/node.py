@@ -43,6 +43,7 @@ from actors.mount.syncer import SyncerActor
 from actors.output.actor import OutputActor
 from actors.records import MIGRATIONS
 from actors.recovered import Recovered
+from actors.removal import Removal
 from actors.sandbox.supervisor import SandboxSupervisor
 from actors.services import CACHE, GATEWAY, IMAGES, MOUNTS, OUTPUT, SANDBOXES, SYNCER, Services
 from actors.settings import Settings, load_settings
@@ -142,6 +143,7 @@ def gather(
         watcher=watcher,
         processes=ProcessTable(),
         recovered=Recovered(),
+        removal=Removal((layout.state, layout.run)),
         boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
     )
 
@@ -205,6 +207,8 @@ def drain(system: System, services: Services, tree: Root) -> None:
     system.ask(IMAGES, CloseImages(), timeout_s=services.settings.image.build_timeout_s + STOP_TIMEOUT_S)
     tree.mailbox(Stop())
     tree.gone.wait(STOP_TIMEOUT_S)
+    if not services.removal.finish(STOP_TIMEOUT_S):
+        logger.warning("what tasks have left is not all deleted yet: the next daemon goes on with it")
     services.store.close()
     services.descriptors.drop(*services.descriptors.names())
     (services.layout.run / SOCKET_NAME).unlink(missing_ok=True)

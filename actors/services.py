@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from actors.layout import Layout
 from actors.recovered import Recovered
+from actors.removal import Removal
 from actors.settings import Settings
 from supervisor.descriptors import Descriptors
 from supervisor.isolation import Isolation
@@ -38,4 +39,5 @@ class Services:
     watcher: Watcher
     processes: ProcessTable
     recovered: Recovered
+    removal: Removal
     boot_id: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 
 from loguru import logger
@@ -44,7 +43,7 @@ class Retention:
             *[("DELETE FROM positions WHERE task = ?", (task,)) for task in tasks],
         ).result()
         for task in tasks:
-            shutil.rmtree(self._services.layout.task(task).durable, ignore_errors=True)
+            self._services.removal.remove(self._services.layout.task(task).durable)
         logger.info("{} tasks have reached their retention and are forgotten", len(tasks))
 
     def _size(self, task: str) -> int:

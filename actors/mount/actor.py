@@ -345,5 +345,5 @@ def unmount_tree(services: Services, task: str, keep_staging: bool) -> None:
         finally:
             os.close(objects)
     if not keep_staging:
-        remove_staging(layout.workspace_home)
+        remove_staging(services, layout.workspace_home)
     layout.remove_mount_points(layout.workspace, layout.workspace_meta, layout.workspace_lazy)

@@ -6,7 +6,6 @@ and the directory goes; also after a restart of the daemon, for the directory it
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +108,8 @@ class SyncerActor(Actor):
         if isinstance(answer, wire.Synced) and answer.outcome != "sync_failed":
             self.work("remove", self._remove, job)
 
-    @staticmethod
-    def _remove(job: wire.SyncWorkspace) -> str:
-        remove_staging(Path(job.directory))
+    def _remove(self, job: wire.SyncWorkspace) -> str:
+        remove_staging(self._services, Path(job.directory))
         return job.task
 
     def _make(self) -> Process:
@@ -148,10 +146,10 @@ def unfinished(services: Services) -> list[wire.SyncWorkspace]:
     ]
 
 
-def remove_staging(home: Path) -> None:
+def remove_staging(services: Services, home: Path) -> None:
     """Remove a workspace's directory, when no sync is at work on it.  Blocks.  Raises OSError."""
     with no_more_syncs(str(home)):
-        shutil.rmtree(home, ignore_errors=True)
+        services.removal.remove(home)
 
 
 def bounds(settings: Settings) -> Bounds:

@@ -7,7 +7,6 @@ started again builds its `Life` from what it sees (`recovery`) and goes on.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -253,13 +252,13 @@ class SandboxActor(Actor):
     def _delete(self) -> None:
         assert self._attempt
         self._watching.forget()
-        self.work("deleted", making.undo, self._attempt)
+        self.work("deleted", making.undo, self._attempt, self._services.removal)
 
     def _release_workspace(self) -> None:
         if self._making_workspace:
             self._remove_workspace = True  # once it is made: in another order it would stay
         elif self._spec.workspace is None:
-            self.work("workspace released", shutil.rmtree, self._layout.workspace_home, True)
+            self.work("workspace released", self._services.removal.remove, self._layout.workspace_home)
         else:
             keep = self._record.sync == "sync_failed"
             self._request("workspace released", MOUNTS, mounting.UnmountWorkspace(self._task, keep))
@@ -341,7 +340,7 @@ class SandboxActor(Actor):
                 logger.warning("task {}: {}; it is created again", self._task, error)
                 self._creations += 1
                 assert self._attempt
-                self.work("undone", making.undo, self._attempt)
+                self.work("undone", making.undo, self._attempt, self._services.removal)
             case "created" | "start" | "workspace" | "undone" | "attempt":
                 self._fail(str(error), error.kind if isinstance(error, CreateError) else "other")
             case "intended":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from actors.image.messages import RootfsReady
 from actors.layout import TaskLayout
 from actors.lazytree import mounts
 from actors.output.follower import Follower
+from actors.removal import Removal
 from actors.sandbox import bundle, conmon, ending
 from actors.sandbox.cgroup import Cgroup
 from actors.sandbox.runtimes import CreateError, Runtime, exec_error
@@ -145,7 +145,7 @@ def descriptors_of(created: conmon.Created) -> dict[str, int]:
         raise
 
 
-def undo(attempt: Attempt) -> None:
+def undo(attempt: Attempt, removal: Removal) -> None:
     """End and delete the container, if there is one, and remove what was made for it.  Raises OSError, ContainerError, TimeoutError.
 
     The output stays; it belongs to the result.
@@ -155,7 +155,7 @@ def undo(attempt: Attempt) -> None:
     mounts.unmount(str(layout.root), lazily=True)
     # Only what is the container's own: the workspace may still be mounted beside it, and must not be walked into.
     for directory in (layout.root_upper.parent, layout.bundle, layout.monitor):
-        shutil.rmtree(directory, ignore_errors=True)
+        removal.remove(directory)
     layout.attempt_lock.unlink(missing_ok=True)
     layout.remove_mount_points(layout.root)
 

@@ -44,7 +44,10 @@ def clean_orphans(services: Services, host: SandboxHost, living: set[str]) -> Co
             attempt = host.attempt(task, int(number), stated.get(container, services.settings.sandbox.runtime))
             counts["process"] += len(attempt.cgroup.processes()) + (container in monitored)
             # A later attempt of the same task lives in the same directories.
-            (making.end if task in tasks else making.undo)(attempt)
+            if task in tasks:
+                making.end(attempt)
+            else:
+                making.undo(attempt, services.removal)
         except (OSError, ValueError, ContainerError, RuntimeMissing) as error:
             logger.error("{} could not be removed: {}", container, error)
     held = [name for name in services.descriptors.names() if is_of_a_task(name) and name.partition("/")[2] not in tasks]

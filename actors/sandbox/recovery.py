@@ -123,7 +123,7 @@ def _anew(services: Services, task: str, found: Found, attempt: Attempt) -> Foun
     if found.record.stop_cause is not None:
         found.seen.append(Fact.STOP_ASKED)
     if attempt.layout.durable.exists() or attempt.layout.volatile.exists():
-        making.undo(attempt)
+        making.undo(attempt, services.removal)
         services.descriptors.drop(*(held(kind, task) for kind in making.HELD))
         found.attempt += 1
         services.store.write(("UPDATE tasks SET attempt = ? WHERE task = ?", (found.attempt, task))).result()

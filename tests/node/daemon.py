@@ -232,12 +232,12 @@ class Daemon:
             time.sleep(0.005)
 
     def task_directories(self) -> list[Path]:
-        """What tasks have on the state disk, beside the output that stays."""
+        """What tasks have on the state disk, beside the output that stays, and what is being deleted."""
         found = []
         for task in (self.state / "tasks").iterdir():
             with suppress(FileNotFoundError):  # it is forgotten just now
                 found += [entry for entry in task.iterdir() if entry.name != "output"]
-        return found
+        return found + [entry for home in (self.state, self.run_dir) for entry in (home / "removed").glob("*")]
 
     def leavings(self) -> list[str]:
         """What is left of tasks: mounts, directories, control groups, monitors.  For when no task runs."""
