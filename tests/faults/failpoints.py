@@ -421,7 +421,9 @@ AT_EVERY_START = (
     *(f"rename STATE/images/cache/{place}" for place in ("limits", "daemons/DAEMON", "boot")),
     "write STATE/images/cache/.boot",
     "write STATE/images/cache/checked",
-    *(f"mkdir RUN/{place}" for place in ("tasks", "runtimes", "runtimes/crun", "served", "images")),
+    *(f"mkdir RUN/{place}" for place in ("tasks", "runtimes", "runtimes/crun", "served", "images", "removed")),
+    "mkdir STATE/removed",
+    "start rm",  # for whichever trees lie there by then: tests/actors/test_removal.py kills it at any instant
     "remove RUN/.PID",
     "chmod RUN/.PID",
     "write STATE/reserve",
