@@ -38,7 +38,7 @@ CHECKED = "checked"  # in OBJECTS: which prefix is next; its time is when the la
 LOOK_S = 10.0
 UNMOUNT_S = 0.5  # for images that nobody uses
 # After an eviction that made too little room: what could not go then cannot now, most likely; four times as long after each.
-PAUSE_MIN_S, PAUSE_MAX_S = 1.0, 600.0
+PAUSE_MIN_S, PAUSE_MAX_S = 1.0, 60.0
 
 
 class _Look(Message, frozen=True):

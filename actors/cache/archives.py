@@ -20,10 +20,12 @@ from actors.image.archive import Archive
 from actors.image.errors import ArchiveInvalid
 from actors.lazytree import trees
 from actors.lazytree.mounts import mounts_below
+from actors.lazytree.objects import Objects
 from actors.lazytree.trees import TreeSource
 
 YOUNG_S = 60.0  # so long after its last use an archive stays: somebody may be about to mount it
 SUFFIX = ".aerie"
+SAMPLE = 64  # objects
 
 
 class Found(NamedTuple):
@@ -82,14 +84,21 @@ def look(directory: str) -> list[Found]:
 
 
 def record_trees(objects: int, directory: str) -> None:
-    """Record the trees of archives that nobody has recorded: those of a build that was not mounted yet, or an older version's."""
+    """Record the trees of archives that nobody has recorded, and of which something is here.
+
+    Those of a build that was not mounted yet, or an older version's.
+    """
     for each in look(directory):
         tree = each.name.removesuffix(SUFFIX)
         if not trees.is_recorded(objects, tree):
             with contextlib.suppress(OSError, ArchiveInvalid):
                 archive = Archive.open(os.path.join(directory, each.name), checked=True)
                 with contextlib.closing(archive.objects()) as table:
-                    trees.record(objects, tree, source_of(archive), table.keys(), each.used_s)
+                    # The directory may have archives of a whole fleet.
+                    step = -(-len(table) // SAMPLE) or 1
+                    paths = (Objects.path(table.row(index).key) for index in range(0, len(table), step))
+                    if any(os.access(path, os.F_OK, dir_fd=objects) for path in paths):
+                        trees.record(objects, tree, source_of(archive), table.keys(), each.used_s)
 
 
 def source_of(archive: Archive, reference: str = "", private: bool = False) -> TreeSource:

@@ -19,8 +19,7 @@ from actors.lazytree.trees import Tree, TreeSource
 
 BATCH_S = 0.05  # with the lock, for which mounts wait
 LOCK_S = 5.0
-# The record of a tree of which nothing is left goes after this; that of an image would be made again of its archive.
-KEEP_NS, KEEP_IMAGE_NS = 60 * 10**9, 30 * 86400 * 10**9
+KEEP_NS = 3600 * 10**9  # then the record of a tree of which nothing is left goes
 CLOCK_NS = 10**9  # how much a file's change time and the clock may differ
 
 
@@ -54,8 +53,7 @@ def evict(objects: Objects, wanted_bytes: int, has: Callable[[TreeSource], bool]
     kept = scan(objects, alive)
     eviction = Eviction(kept, map(_used, known), (_keys(tree) for tree in trees.held(directory)))
     for tree in known:
-        keep_ns = KEEP_IMAGE_NS if tree.source.layers else KEEP_NS
-        if time.time_ns() - tree.used_ns > keep_ns and kept.keys().isdisjoint(_keys(tree)):
+        if time.time_ns() - tree.used_ns > KEEP_NS and kept.keys().isdisjoint(_keys(tree)):
             trees.forget(directory, tree)
     sources = {tree.name: tree.source for tree in known}
     while (question := eviction.next_question(wanted_bytes)) is not None:

@@ -15,7 +15,7 @@ from actors.cache import archives, checking
 from actors.cache.evictor import evict
 from actors.cache.sources import Sources
 from actors.cache.wire import Checked, CheckObjects, Evict, Evicted, Progress
-from actors.lazytree.ledger import unlinked_bytes
+from actors.lazytree.ledger import note_short, unlinked_bytes
 from actors.lazytree.objects import Objects
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Codec, Message
@@ -41,6 +41,7 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     try:
         archives.record_trees(objects.descriptor, order.archives)
         report = evict(objects, order.object_bytes, sources.has, alive)
+        note_short(objects.descriptor, report.short)
         gone = archives.evict(order.archives, order.archive_bytes_max, sources.has)
         answer: Message = Evicted(
             report.objects,

@@ -19,6 +19,7 @@ import msgspec
 
 from actors.image.stream import LayerStream
 from actors.image.tar import Entry
+from actors.lazytree.ledger import is_short
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import Row
 
@@ -112,7 +113,7 @@ class Contents:
                 if error.errno not in NO_SPACE:
                     raise
                 self.complete = False
-                if self._patience_s <= 0:
+                if self._patience_s <= 0 or is_short(self._objects.descriptor):
                     return cast(BinaryIO, _UntilFull(None))
                 time.sleep(PATIENCE_STEP_S)  # room is being made
                 self._patience_s -= PATIENCE_STEP_S

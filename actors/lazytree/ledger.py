@@ -4,6 +4,7 @@
     OBJECTS/ledgers/N    what the holders of this ledger have added, one after another; may be below zero, the sum is not
     OBJECTS/unlinked     files without a name that somebody still holds open: their space is taken until the kernel has freed it
     OBJECTS/wanted       somebody was refused, and so many bytes it wanted: written to wake whoever evicts
+    OBJECTS/short        is there when whoever evicted last could not make all the room that it should have: it is no use to wait for it
 
 A ledger is its holder's alone: by flock(2), so that it is free when its holder is dead.  It says what is about to be done before it is
 (the *intent*: this inode, that name), and that it is done, with the sum, in one write after it.  Whoever takes a dead holder's ledger
@@ -32,7 +33,7 @@ from typing import NamedTuple
 QUANTUM_BYTES = 64 << 20  # promised at once; less when all of the cache is small
 BLOCK_BYTES = 4096
 
-LEDGERS, LIMITS, UNLINKED, WANTED = "ledgers", "limits", "unlinked", "wanted"
+LEDGERS, LIMITS, UNLINKED, WANTED, SHORT = "ledgers", "limits", "unlinked", "wanted", "short"
 _RECORD = struct.Struct("<qqqqqq32s32s")
 _UNLINKED = struct.Struct("<q32s")
 _RECOUNTS_MAX = 5
@@ -113,6 +114,21 @@ def sum_of(directory: int) -> Sum:
 def wanted_bytes(directory: int) -> int:
     """What was wanted by whoever was refused last."""
     return int(_read_whole(directory, WANTED) or 0)
+
+
+def note_short(directory: int, short: bool) -> None:
+    """Whether the last eviction made too little room."""
+    try:
+        if short:
+            os.close(os.open(SHORT, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory))
+        else:
+            os.unlink(SHORT, dir_fd=directory)
+    except OSError:
+        pass  # there is none; or a full disk, and somebody waits in vain
+
+
+def is_short(directory: int) -> bool:
+    return os.access(SHORT, os.F_OK, dir_fd=directory)
 
 
 def unlinked_bytes(directory: int) -> int:

@@ -242,6 +242,7 @@ def remove_abandoned(directory: int) -> None:
 
 def forget(directory: int, tree: Tree) -> None:
     """Nothing of the tree is left."""
+    no_longer_whole(directory, tree.name)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{TREES}/{tree.name}", dir_fd=directory)
 
