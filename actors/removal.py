@@ -19,6 +19,7 @@ from loguru import logger
 
 REMOVED = "removed"  # in each home
 TREES_MAX = 100  # for one rm
+GATHER_S = 0.03  # after the first of them: tasks end together, and to start rm takes as long as to delete a few trees
 
 
 class Removal:
@@ -58,6 +59,8 @@ class Removal:
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._dealt_with < self._put_aside)
+            time.sleep(GATHER_S)
+            with self._change:
                 known = self._put_aside
             while trees := self._trees()[:TREES_MAX]:
                 # In a session of its own: a signal to the daemon's group must not end it halfway.
