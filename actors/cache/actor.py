@@ -49,10 +49,12 @@ class _Wanted(Message, frozen=True):
     """Somebody was refused."""
 
 
-class _PruneNow(Message, frozen=True):
-    """Idle images are unmounted by now."""
+@dataclass(frozen=True, eq=False)
+class _Prune:
+    """Somebody wants objects of so many bytes gone.  As a message to itself: idle images are unmounted by now."""
 
     object_bytes: int
+    reply: Deferred
 
 
 class _Again(Message, frozen=True):
@@ -75,7 +77,8 @@ class CacheActor(Actor):
         self._settings = services.settings.image
         self._worker = Worker(self, services.watcher, EVICTOR)
         self._order: wire.Evict | None = None  # of the evictor at work
-        self._pruning: list[Deferred] = []
+        self._prunes: list[_Prune] = []
+        self._pruning: list[_Prune] = []  # of them, those that the evictor at work is for
         self._checker = Worker(self, services.watcher, CHECKER)
         self._check_order: wire.CheckObjects | None = None
         self._checking: list[Deferred] = []
@@ -124,12 +127,12 @@ class CacheActor(Actor):
                 return reply
             case messages.Prune(object_bytes):
                 reply = self.deferred()
-                self._pruning.append(reply)
                 self.system.tell(IMAGES, UnmountAllIdle())
-                self.after(UNMOUNT_S, _PruneNow(object_bytes))
+                self.after(UNMOUNT_S, _Prune(object_bytes, reply))
                 return reply
-            case _PruneNow(object_bytes):
-                self._evict(object_bytes)
+            case _Prune():
+                self._prunes.append(message)
+                self._evict(0)
             case _Look():
                 if not self._announced:
                     self._announce()
@@ -176,7 +179,7 @@ class CacheActor(Actor):
         return refused
 
     def _look(self, waited_for: bool) -> None:
-        if self._looking or self._order is not None:
+        if self._looking or not self._worker.vacant:
             self._look_again |= waited_for
             return
         if time.monotonic() < self._not_before_s:
@@ -231,11 +234,18 @@ class CacheActor(Actor):
     # --- evicting ---
 
     def _evict(self, object_bytes: int) -> None:
-        """Have room made; by the evictor that is at work already, if there is one."""
-        if self._order is None:
+        """Have room made, unless it just is: then whoever wants more has it made when that is over."""
+        if self._order is None and self._worker.vacant:
             settings = self._settings
+            self._pruning, self._prunes = self._prunes, []
+            object_bytes = max([object_bytes, *(prune.object_bytes for prune in self._pruning)])
             self._order = wire.Evict(
-                settings.cache_dir, settings.archive_dir, object_bytes, settings.archive_bytes_max, settings.mirrors
+                settings.cache_dir,
+                settings.archive_dir,
+                object_bytes,
+                settings.archive_bytes_max,
+                settings.mirrors,
+                bool(self._pruning),
             )
             self._worker.start(self._make)
 
@@ -256,11 +266,17 @@ class CacheActor(Actor):
                     logger.warning("the evictor has ended ({}); the next look starts another", how)
                     self._order = None
                     self._answer(messages.Pruned(0, 0, f"the evictor has ended: {how}"))
-                if self._look_again:
+                if self._prunes:
+                    self._evict(0)
+                elif self._look_again:
                     self._look(waited_for=True)
 
     def _evicted(self, evicted: wire.Evicted) -> None:
         self._order = None
+        if self._pruning:
+            logger.info("{} objects were evicted, for somebody wanted it", evicted.objects)
+            self._answer(messages.Pruned(evicted.objects, evicted.freed_bytes, evicted.why))
+            return
         self._why = (evicted.why or "the rest is in use") if evicted.short else ""
         self._pause_s = min(PAUSE_MAX_S, max(PAUSE_MIN_S, 4 * self._pause_s)) if evicted.short else 0.0
         self._not_before_s = time.monotonic() + self._pause_s
@@ -280,18 +296,17 @@ class CacheActor(Actor):
                 logger.warning(
                     "there is too little room for images and workspaces, and more cannot be evicted: {}", evicted.why
                 )
-        self._answer(messages.Pruned(evicted.objects, evicted.freed_bytes, evicted.why))
 
     def _answer(self, pruned: messages.Pruned) -> None:
-        for reply in self._pruning:
-            reply.set(pruned)
+        for prune in self._pruning:
+            prune.reply.set(pruned)
         self._pruning.clear()
 
     # --- looking for damage ---
 
     def _check(self, prefixes: list[str]) -> None:
         """Have these objects looked at, unless some just are; all that somebody waits for, then."""
-        if self._check_order is None:
+        if self._check_order is None and self._checker.vacant:
             settings = self._settings
             if self._check_all:
                 prefixes = [f"{number:02x}" for number in range(256)]

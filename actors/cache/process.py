@@ -41,7 +41,8 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     try:
         archives.record_trees(objects.descriptor, order.archives)
         report = evict(objects, order.object_bytes, sources.has, alive)
-        note_short(objects.descriptor, report.short)
+        if not order.pruning:
+            note_short(objects.descriptor, report.short)
         gone = archives.evict(order.archives, order.archive_bytes_max, sources.has)
         answer: Message = Evicted(
             report.objects,

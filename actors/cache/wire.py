@@ -9,7 +9,7 @@ class Evict(Message, frozen=True):
     """The arguments of an evictor: make room, and end.
 
     `objects`, `archives`: directories.  `object_bytes`: of objects, so many are to go; `archive_bytes_max`: what all archives may
-    take.  `mirrors`: the setting.
+    take.  `mirrors`: the setting.  `pruning`: it is not for lack of room.
     """
 
     objects: str
@@ -17,6 +17,7 @@ class Evict(Message, frozen=True):
     object_bytes: int
     archive_bytes_max: int
     mirrors: str = ""
+    pruning: bool = False
 
 
 class Evicted(Message, frozen=True):
