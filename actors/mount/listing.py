@@ -7,6 +7,7 @@ now, at worst, and never something outside of it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -127,12 +128,18 @@ def aside_name(inode: int) -> bytes:
 def open_store(path: str) -> int:
     """A descriptor of the store's directory, which is made at first use.  Raises OSError."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0)
+    store = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.mkdir(path, 0o755)
-        os.chown(path, TASK_UID, TASK_GID)
-    except FileExistsError:
-        pass
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Made just now, or by one who was killed before it was the tasks': the mode comes last, and says that it is.
+        if stat.S_IMODE(os.fstat(store).st_mode) == 0:
+            os.fchown(store, TASK_UID, TASK_GID)
+            os.fchmod(store, 0o755)
+    except BaseException:
+        os.close(store)
+        raise
+    return store
 
 
 def list_store(descriptor: int, bounds: Bounds) -> Listing:

@@ -257,6 +257,7 @@ ISOLATED: dict[str, dict[str, tuple[str, ...]]] = {
             "rmdir STATE/workspaces/TASK/.aerie-sync/TASK",
             "say Synced",
         ),
+        "a new store": ("mkdir STATE/workspaces/TASK", "chown STATE/workspaces/TASK", "chmod STATE/workspaces/TASK"),
         "small files": ("add STATE/images/cache/ledgers/N", "link STATE/images/cache/OBJECT"),
         "while it runs": (
             "link STATE/workspaces/TASK/.aerie-sync/TASK/was",
@@ -442,7 +443,6 @@ AT_EVERY_START = (
     "utime STATE/images/archives/DIGEST.aerie",
     "utime STATE/images/cache/trees/DIGEST",
     "syncer: mkdir STATE/workspaces",
-    "syncer: mkdir STATE/workspaces/TASK",
 )
 
 # only when processes of a task outlive its first one for a moment, a container was half made, an image was not whole or has two names;

@@ -199,6 +199,20 @@ def everything(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
     check_rich_store(store, task)
 
 
+def a_new_store(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
+    """The task is the first with a workspace of this name."""
+    store = daemon.state / "workspaces" / task
+    with kill(task):
+        daemon.submit(f"{BEGIN}echo x >> ran; {PRINT}", task=task, workspace=task)
+        result = daemon.result(task)
+    check_ended(daemon, result)
+    daemon.quiet()
+    status = store.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (1000, 1000, 0o755)
+    assert (store / "ran").read_text() == "x\n"
+    shutil.rmtree(store)
+
+
 def small_files(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
     """They are copied to OBJECTS when the store is indexed, and read from there."""
     store = make_rich_store(daemon, task)
@@ -277,6 +291,7 @@ SCENARIOS: dict[str, Callable[[ArmedDaemon, str, Kill], None]] = {
     "image mount": image_mount,
     "forgotten": forgotten,
     "everything": everything,
+    "a new store": a_new_store,
     "small files": small_files,
     "while it runs": while_it_runs,
     "pumped": pumped,
