@@ -5,6 +5,7 @@ Whoever was killed, and wherever: the task ends as if nobody had been.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from tests.actors.image.images import member, tar
 from tests.faults.armed_daemon import ArmedDaemon
 from tests.node.test_tasks import stop, wait_for_output
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 CONTENT = os.urandom(200 << 10)  # too large to be fetched before the mount: the task reads it through LAZY
 LINES = 20
 BEGIN = "echo begin\n"
@@ -138,8 +140,8 @@ def not_synced(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
     with kill(task):
         result = stop(daemon, task)
         assert (result.reason, result.exit_code, result.sync) == ("cancelled", 7, "sync_failed")
-        store.unlink()
-        aside.rename(store)
+        exchange(aside, store)  # in one step: a sync that found neither would make another one
+        aside.unlink()
         eventually(lambda: not (daemon.state / "tasks" / task / "workspace").exists())
     check_store(daemon, store)
 
@@ -366,6 +368,12 @@ def check_rich_store(store: Path, task: str) -> None:
     modes = {path: (store / path).stat().st_mode & 0o7777 for path in ("changed", "one", "other")}
     assert modes == {"changed": 0o600, "one": 0o600, "other": 0o644}
     shutil.rmtree(store)
+
+
+def exchange(one: Path, other: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), "renameat2", str(one))
 
 
 def eventually(holds: Callable[[], bool]) -> None:
