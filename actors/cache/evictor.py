@@ -70,14 +70,17 @@ def scan(objects: Objects, alive: Callable[[], None] = lambda: None) -> dict[byt
     found: dict[bytes, Kept] = {}
     for prefix in sorted(PREFIXES):
         alive()
-        with os.scandir(os.open(prefix, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=objects.descriptor)) as entries:
-            for entry in entries:
+        descriptor = os.open(prefix, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=objects.descriptor)
+        try:
+            for name in os.listdir(descriptor):
                 try:
-                    status = entry.stat(follow_symlinks=False)
-                    key = bytes.fromhex(prefix + entry.name)
+                    status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                    key = bytes.fromhex(prefix + name)
                 except (FileNotFoundError, ValueError):
                     continue  # somebody removed it, or put there what is no object
                 found[key] = Kept(taken_bytes(status), status.st_ctime_ns >= working_ns)
+        finally:
+            os.close(descriptor)
     return found
 
 

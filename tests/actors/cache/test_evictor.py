@@ -7,8 +7,9 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,7 +169,7 @@ def test_killed_at_any_instruction(tmp_path: Path) -> None:
     everything = [hashlib.sha256(each).digest() for each in contents]
     put(objects, *contents)
     kept_whole = evicted = 0
-    for round_ in range(40):
+    for round_ in range(25):
         name = f"tree{round_ % 7}"
         evicted += here(objects, everything).count(False)
         keys = put(objects, *chance.sample(contents, 20))
@@ -197,3 +198,70 @@ def test_killed_at_any_instruction(tmp_path: Path) -> None:
         other.close()
     assert evicted and kept_whole
     objects.close()
+
+
+OPERATIONS = ("pwrite", "unlink", "rename", "link", "utime", "mkdir", "write")  # besides opening a file that may be made
+
+
+def killed_before(number: int, do: Callable[[], object]) -> bool:
+    """Do it in a process that is killed before its operation of that number on files, whatever it is → False when it had fewer."""
+
+    def run() -> None:
+        left = number
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                nonlocal left
+                if function is not opened or arguments[1] & os.O_CREAT:
+                    if not left:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    left -= 1
+                return function(*arguments, **options)
+
+            return call
+
+        opened = os.open
+        for name in (*OPERATIONS, "open"):
+            setattr(os, name, counted(getattr(os, name)))
+        do()
+
+    return os.waitstatus_to_exitcode(os.waitpid(fork(run), 0)[1]) == -signal.SIGKILL
+
+
+def test_killed_before_each_of_its_operations(tmp_path: Path) -> None:
+    """One tree whose file somebody holds open, one that is mounted, one of no tree: each time from the same state."""
+
+    def evict_all() -> None:
+        mine = Objects(str(home / "objects"))
+        evict(mine, FOREVER, lambda _: True, lambda: None)
+        mine.close()
+
+    number = 0
+    alive = True
+    while alive:
+        home = tmp_path / str(number)
+        objects = Objects(str(home / "objects"))
+        node = Node(home / "node", objects)
+        held, loose, orphan = put(objects, b"h" * 9000), put(objects, b"1" * 9000, b"2" * 5000), put(objects, b"o" * 100)
+        record(objects, "loose", loose, 100)
+        trees.note_whole(objects.descriptor, "loose")
+        node.trees.hold("mount", "held", SOURCE, b"".join(held))
+        objects.close()
+        busy = os.open(home / "objects" / Objects.path(loose[0].hex()), os.O_RDONLY)
+        alive = killed_before(number, evict_all)
+
+        again = Objects(str(home / "objects"))
+        _ = again.ledger
+        there = sum(taken_bytes(path.stat()) for path in (home / "objects").glob("??/*"))
+        assert sum_of(again.descriptor).used_bytes == there + unlinked_bytes(again.descriptor), number
+        assert here(again, held) == [True]
+        assert all(here(again, loose)) or not trees.is_whole(again.descriptor, "loose"), number
+        evict_all()
+        assert here(again, held + loose + orphan) == [True, False, False, again.has(orphan[0].hex())]
+        os.close(busy)
+        again.ledger.forget_freed()
+        there = sum(taken_bytes(path.stat()) for path in (home / "objects").glob("??/*"))
+        assert (sum_of(again.descriptor).used_bytes, unlinked_bytes(again.descriptor)) == (there, 0), number
+        again.close()
+        number += 1
+    assert number > 20
