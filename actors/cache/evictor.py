@@ -17,7 +17,7 @@ from actors.lazytree.ledger import sum_of, taken_bytes
 from actors.lazytree.objects import PREFIXES, Objects
 from actors.lazytree.trees import Tree, TreeSource
 
-BATCH_S = 0.05  # with the lock, for which mounts wait
+BATCH_S, PAUSE_S = 0.05, 0.01  # with the lock, for which mounts wait; and without it
 LOCK_S = 5.0
 KEEP_NS = 3600 * 10**9  # then the record of a tree of which nothing is left goes
 CLOCK_NS = 10**9  # how much a file's change time and the clock may differ
@@ -124,7 +124,7 @@ def _remove(
                 report.freed_bytes += objects.ledger.unlink(key.hex())
                 report.objects += 1
                 report.evicted[name or ""] = report.evicted.get(name or "", 0) + 1
-        time.sleep(0)  # whoever waits for the lock has it now
+        time.sleep(PAUSE_S)  # whoever waits for the lock, which it looks at now and then, has it now
 
 
 def _used(tree: Tree) -> Used:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -14,7 +15,7 @@ from functools import partial
 import trio
 
 from actors.image import spool
-from actors.image.archive import Archive
+from actors.image.archive import Archive, hold
 from actors.image.coming import Coming
 from actors.image.credentials import HELPER_TIMEOUT_S, FindLogin, HelperFailed, docker_login
 from actors.image.filling import Filling
@@ -60,6 +61,8 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     fuse_descriptor = descriptors[0]
     spool_descriptor = descriptors[1] if len(descriptors) > 1 else spool.create(order.objects)
     archive = Archive.open(order.archive, checked=True)  # by who mounted it
+    with contextlib.suppress(OSError):
+        hold(order.archive)  # for as long as this process lives, also while whoever mounted it is being started again
     table = archive.objects()
     spans = archive.spans(table)
     reference = Reference.parse(order.reference)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from actors.lazytree.ledger import Limits, NoRoom, set_limits, sum_of, taken_bytes, unlinked_bytes, wanted_bytes
+from actors.lazytree.mounts import mount_overlay, unmount
 from actors.lazytree.objects import Objects
 from tests.actors.lazytree.harness import fork
 
@@ -77,6 +78,27 @@ def test_a_file_that_somebody_holds_is_counted_until_it_is_freed(objects: Object
         assert held.read(1) == b"a"
     assert objects.ledger.forget_freed() == 102_400
     assert used_bytes(objects) == unlinked_bytes(objects.descriptor) == 0
+
+
+def test_a_file_that_an_overlay_has_opened_once_is_counted_until_it_is_unmounted(objects: Objects, tmp_path: Path) -> None:
+    """Overlayfs stays bound to what it found at first open; a mount that is not held is somebody's of whom nobody knows."""
+    key = put(objects, b"a" * 100_000)
+    lower, merged = tmp_path / "lower", tmp_path / "merged"
+    for directory in (lower, merged):
+        directory.mkdir()
+    with open(lower / "file", "wb") as file:
+        file.truncate(100_000)
+    os.setxattr(lower / "file", "trusted.overlay.metacopy", b"")
+    os.setxattr(lower / "file", "trusted.overlay.redirect", f"/{Objects.path(key)}".encode())
+    mount_overlay(str(merged), [str(lower)], [str(tmp_path / "objects")])
+    try:
+        assert (merged / "file").read_bytes() == b"a" * 100_000
+        assert objects.ledger.unlink(key) == 0
+        assert (merged / "file").read_bytes() == b"a" * 100_000  # opened again
+        assert objects.ledger.forget_freed() == 0 and used_bytes(objects) == 102_400
+    finally:
+        unmount(str(merged))
+    assert objects.ledger.forget_freed() == 102_400 and used_bytes(objects) == 0
 
 
 def test_no_room_beyond_the_cap(objects: Objects, tmp_path: Path) -> None:
