@@ -104,7 +104,7 @@ class Replaced(Message, frozen=True):
 
 
 class Noted(Message, frozen=True):
-    """What was `Replaced` up to this number is written down."""
+    """What was `Replaced` with this number is written down."""
 
     number: int
 

@@ -42,5 +42,5 @@ class Replacements:
             self._tell(replaced)
 
     def noted(self, number: int) -> None:
-        while self._waiting and self._waiting[0].number <= number:
-            self._waiting.popleft()
+        """It is written down.  One before it may not be: a root supervisor that did not listen just then is told of it after `Hello`."""
+        self._waiting = deque((replaced for replaced in self._waiting if replaced.number != number), WAITING_MAX)
