@@ -264,26 +264,32 @@ class RegistrySource:
 
     def _from_objects(self, row: Row, content: LayerContent, offset: int, size: int) -> bytes | None:
         """The bytes, if OBJECTS have them and they are right; those of a sparse file are not looked at."""
-        whole = content.extents is None
-        begin = offset - offset % CHUNK_BYTES if whole else offset
-        end = min(offset + size + -(offset + size) % CHUNK_BYTES, row.size_bytes) if whole else offset + size
         try:
             descriptor = os.open(Objects.path(row.key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._objects)
         except FileNotFoundError:
             return None
         try:
-            data = os.pread(descriptor, end - begin, begin)
+            if content.extents is not None:
+                data = os.pread(descriptor, size, offset)
+                return data if len(data) == size else None
+            parts, end = [], offset + size
+            for number in range(offset // CHUNK_BYTES, (end - 1) // CHUNK_BYTES + 1):
+                first = number * CHUNK_BYTES
+                chunk_bytes, expected = chunk_of(row, content, number)
+                data = os.pread(descriptor, chunk_bytes, first)
+                if hashlib.sha256(data).digest() != expected:
+                    self._say_damaged(row)
+                    return None
+                parts.append(data[max(0, offset - first) : end - first])
+            del data
+            return parts[0] if len(parts) == 1 else b"".join(parts)
         finally:
             os.close(descriptor)
-        if whole:
-            for at in range(0, end - begin, CHUNK_BYTES):
-                expected = chunk_of(row, content, (begin + at) // CHUNK_BYTES)[1]
-                if hashlib.sha256(data[at : at + CHUNK_BYTES]).digest() != expected:
-                    if row.key not in self._damaged:
-                        self._damaged.add(row.key)
-                        print(f"{self.name(row)} is damaged in the object cache; it is fetched", file=sys.stderr, flush=True)
-                    return None
-        return data[offset - begin :][:size] if len(data) == end - begin else None
+
+    def _say_damaged(self, row: Row) -> None:
+        if row.key not in self._damaged:
+            self._damaged.add(row.key)
+            print(f"{self.name(row)} is damaged in the object cache; it is fetched", file=sys.stderr, flush=True)
 
     def _from_spool(self, row: Row, content: LayerContent, begin: int, size: int) -> bytes | _Missing:
         """`size` bytes from `begin` of what is stored of the object."""
