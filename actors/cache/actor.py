@@ -36,6 +36,7 @@ EVICTOR, CHECKER = "evictor", "checker"
 EVICTOR_SAYS, CHECKER_SAYS = Codec(wire.Evicted, wire.Progress), Codec(wire.Checked, wire.Progress)
 CHECKED = "checked"  # in OBJECTS: which prefix is next; its time is when the last one was begun, by whichever daemon
 LOOK_S = 10.0
+LOOK_AT_ARCHIVES_S = 60.0  # their directory may be large, and far away
 UNMOUNT_S = 0.5  # for images that nobody uses
 # After an eviction that made too little room: what could not go then cannot now, most likely; four times as long after each.
 PAUSE_MIN_S, PAUSE_MAX_S = 1.0, 60.0
@@ -83,7 +84,9 @@ class CacheActor(Actor):
         self._check_order: wire.CheckObjects | None = None
         self._checking: list[Deferred] = []
         self._check_all = False  # somebody waits for it
+        self._inotify: INotify | None = None
         self._announced = False
+        self._archives_at_s = 0.0
         self._looking = False
         self._look_again = False
         self._pause_s = 0.0
@@ -104,7 +107,7 @@ class CacheActor(Actor):
     def on_end(self, reason: object) -> None:
         self._worker.let_go()
         self._checker.let_go()
-        if hasattr(self, "_inotify"):
+        if self._inotify is not None:
             self._services.watcher.forget(self._inotify.fileno())
             self._inotify.close()
             os.close(self._objects)
@@ -173,6 +176,7 @@ class CacheActor(Actor):
 
     def _listen(self) -> bool:
         """Listen on → whether somebody was refused."""
+        assert self._inotify is not None
         refused = any(event.name == ledger.WANTED for event in self._inotify.read(timeout=0))
         mailbox = self.mailbox
         self._services.watcher.readable(self._inotify.fileno(), lambda: mailbox(_Wanted()))
@@ -197,7 +201,10 @@ class CacheActor(Actor):
             settings.free_bytes_min,
             waited_for,
         )
-        over = sum(each.size_bytes for each in archives.look(settings.archive_dir)) > settings.archive_bytes_max
+        over = False
+        if time.monotonic() >= self._archives_at_s:
+            self._archives_at_s = time.monotonic() + LOOK_AT_ARCHIVES_S
+            over = sum(each.size_bytes for each in archives.look(settings.archive_dir)) > settings.archive_bytes_max
         return _Found(excess, over, self._prefix_to_check())
 
     def _prefix_to_check(self) -> str | None:
