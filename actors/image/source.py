@@ -21,7 +21,7 @@ import sys
 import threading
 import traceback
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -35,7 +35,7 @@ from actors.image.checkpoints import Span, Spans
 from actors.image.coming import Coming
 from actors.image.content import CHUNK_BYTES, LayerContent, chunk_of, decode_content, stored_bytes
 from actors.image.errors import ContentCorrupt, ImageError
-from actors.image.readahead import Readahead
+from actors.image.readahead import Neighbours, Readahead
 from actors.image.registry import Registry
 from actors.image.spool import MEMORY_BYTES, Spool
 from actors.image.stream import decompress_from
@@ -50,7 +50,8 @@ FETCHES_MAX = 12  # ranges on their way at once; each holds 1 MiB
 RUN_BYTES_MAX = 4 << 20  # decompressed bytes, about, that one range is for
 BLOCK_BYTES = 256 << 10
 WAITING_BYTES, WAITING_MIN = 8 << 20, 8  # of the spool, for each read that waits for a fetch: the spans of a mebibyte, amply
-AHEAD_MAX = 4  # on their way at most, for one more to be fetched ahead
+SMALL_BYTES = 256 << 10  # an object whose neighbours in its layer are wanted with it
+AHEAD_SPANS, AHEAD_MAX, AHEAD_QUEUE = 2, 2, 32  # fetched ahead in one range; on their way at once; ranges that wait
 ROUNDS_MAX = 16  # of fetching what somebody then took away
 
 
@@ -68,8 +69,9 @@ class _Missing(NamedTuple):
 class _Flight:
     """Spans on their way, and how many wait for them."""
 
-    def __init__(self, layer: int, first: int, last: int) -> None:
+    def __init__(self, layer: int, first: int, last: int, unasked: bool) -> None:
         self.layer, self.first, self.last = layer, first, last
+        self.unasked = unasked  # nobody waited when it began
         self.landed = trio.Event()
         self.error = ""
         self.waiting = 0
@@ -134,7 +136,9 @@ class RegistrySource:
         self._mirrors_distrusted = False
         self._fetched_bytes, self._fetching_s = 0, 0.0
         self._in_the_air, self._began_s = 0, 0.0
-        self._readahead = Readahead()
+        self._readahead, self._neighbours = Readahead(), Neighbours()
+        self._ahead: deque[tuple[int, range]] = deque(maxlen=AHEAD_QUEUE)
+        self._flying_ahead = 0
         self._urgent, self._quiet = 0, trio.Event()  # reads that wait for a fetch, and when there are none any more
         self._quiet.set()
         self._unasked: set[tuple[int, int]] = (
@@ -185,9 +189,10 @@ class RegistrySource:
                 if isinstance(found, bytes):
                     return found
             with self._urgency(), ExitStack() as pins:
+                forgiven: set[tuple[int, int]] = set()
                 for round_ in range(ROUNDS_MAX):
                     pins.enter_context(self._pinned(content.layer, found.spans))
-                    await self._get(index, row, content, found, looked, fetched=round_ > 0)
+                    await self._get(index, row, content, found, looked, round_ > 0, forgiven)
                     looked = self._landings
                     found = await self._in_thread(self._loads, self._load, row, content, offset, size)
                     if isinstance(found, bytes):
@@ -211,10 +216,20 @@ class RegistrySource:
                 if self._coming is not None:
                     self._coming.urge(False)
 
-    async def _get(self, index: int, row: Row, content: LayerContent, found: _Missing, looked: int, fetched: bool) -> None:
+    async def _get(
+        self,
+        index: int,
+        row: Row,
+        content: LayerContent,
+        found: _Missing,
+        looked: int,
+        fetched: bool,
+        forgiven: set[tuple[int, int]],
+    ) -> None:
         """Have what is missing fetched; when it was looked for, there had been `looked` landings.  Raises SourceError.
 
-        `fetched`: what is found damaged came just now, and was not damaged here, on the disk.
+        `fetched`: what is found damaged came just now, and was not damaged here, on the disk; unless it came before anybody asked, which
+        is `forgiven` once for each span.
         """
         landed = {number: self._landed.get((content.layer, number), 0) for number in found.spans}
         wanted = [number for number in found.spans if number in found.holes or not landed[number]]
@@ -222,18 +237,26 @@ class RegistrySource:
         flights = self._fly(content.layer, wanted, found.spans)
         if flights:
             self._fly_ahead(content.layer, self._readahead.missed(index, found.spans, self._spans_of(row, content)))
+            if row.size_bytes <= SMALL_BYTES:
+                for ahead in reversed(self._neighbours.missed(content.layer, index, found.spans.start)):
+                    self._fly_ahead(content.layer, ahead)
         if not flights and max(landed.values()) <= looked:
             # All of it was fetched and is there, and nobody has touched it since it was looked at.
             spans = {(content.layer, number) for number in found.spans}
             from_mirror = not self._from_mirrors.isdisjoint(spans)
-            unasked = not self._unasked.isdisjoint(spans)
+            unasked = not self._unasked.isdisjoint(spans - forgiven)
+            forgiven |= spans
             error = await self._corrupt(row, content, found)
             if not (fetched or from_mirror or unasked):
                 print(f"{self.name(row)}: what was kept of it is damaged; it is fetched again", file=sys.stderr, flush=True)
             elif not self._distrust_mirrors() and not from_mirror and not unasked:
                 raise error
         for flight in flights:
-            await self._arrival(flight)
+            try:
+                await self._arrival(flight)
+            except SourceError:
+                if not flight.unasked:
+                    raise  # else it is asked for now, in the next round
 
     @contextmanager
     def _pinned(self, layer: int, spans: range) -> Iterator[None]:
@@ -341,7 +364,7 @@ class RegistrySource:
 
     # --- fetching ---
 
-    def _fly(self, layer: int, wanted: Sequence[int], needed: range) -> list[_Flight]:
+    def _fly(self, layer: int, wanted: Sequence[int], needed: range, unasked: bool = False) -> list[_Flight]:
         """Who brings the spans `wanted`, and those of `needed` that are on their way already."""
         flights: list[_Flight] = []
         begun: list[_Flight] = []
@@ -353,7 +376,7 @@ class RegistrySource:
                 if begun and begun[-1].last == number - 1 and self._fits(begun[-1], number):
                     flight, begun[-1].last = begun[-1], number
                 else:
-                    flight = _Flight(layer, number, number)
+                    flight = _Flight(layer, number, number, unasked)
                     begun.append(flight)
                 self._flights[layer, number] = flight
             if flight not in flights:
@@ -370,11 +393,36 @@ class RegistrySource:
             self._fly_ahead(content.layer, self._readahead.found(index, span, self._spans_of(row, content)))
 
     def _fly_ahead(self, layer: int, ahead: range) -> None:
-        """Bring spans for which nobody waits yet, if that is little beside what is on its way."""
-        wanted = [number for number in ahead if not self._landed.get((layer, number))]
-        if wanted and self._in_the_air < AHEAD_MAX and self._spool.used_bytes < self._spool_bytes_max // 2:
-            self._unasked.update((layer, number) for number in wanted)
-            self._fly(layer, wanted, ahead)
+        """Bring spans for which nobody waits yet, a few at a time: who comes to wait for one of them waits for those with it, too."""
+        for first in reversed(range(ahead.start, ahead.stop, AHEAD_SPANS)):
+            self._ahead.append((layer, range(first, min(first + AHEAD_SPANS, ahead.stop))))
+        self._go_ahead()
+
+    def _go_ahead(self) -> None:
+        """The newest first; with what is wanted more urgently they share the link."""
+        while self._ahead and self._flying_ahead < AHEAD_MAX and self._nursery is not None:
+            layer, ahead = self._ahead.pop()
+            is_full = not self._spool.has_ample_room or self._spool.used_bytes > self._spool_bytes_max // 2
+            if is_full or ahead.start >= self._spans.count(layer):
+                continue
+            ahead = range(ahead.start, min(ahead.stop, self._spans.count(layer)))
+            wanted = [
+                number for number in ahead if not self._landed.get((layer, number)) and (layer, number) not in self._flights
+            ]
+            if wanted:
+                self._unasked.update((layer, number) for number in wanted)
+                self._flying_ahead += 1
+                self._nursery.start_soon(
+                    self._bring_ahead, self._fly(layer, wanted, range(wanted[0], wanted[-1] + 1), unasked=True)
+                )
+
+    async def _bring_ahead(self, flights: Sequence[_Flight]) -> None:
+        try:
+            for flight in flights:
+                await flight.landed.wait()
+        finally:
+            self._flying_ahead -= 1
+            self._go_ahead()
 
     def _spans_of(self, row: Row, content: LayerContent) -> range:
         end = content.offset + stored_bytes(row, content)
@@ -395,7 +443,7 @@ class RegistrySource:
         needed = range(first, last + 1)
         wanted = [number for number in needed if not self._landed.get((layer, number))]
         self._unasked.update((layer, number) for number in wanted)
-        for flight in self._fly(layer, wanted, needed):
+        for flight in self._fly(layer, wanted, needed, unasked=True):
             await self._arrival(flight)
 
     async def quiet(self) -> None:
@@ -464,7 +512,8 @@ class RegistrySource:
                         rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
                         break
                     except OSError as error:
-                        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or make_room is None:
+                        is_waited_for = flight.waiting or not flight.unasked
+                        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or make_room is None or not is_waited_for:
                             raise
                         await make_room()
                 self._landings += 1

@@ -69,8 +69,17 @@ class Spool:
 
     @property
     def disk_has_room(self) -> bool:
+        return self._free_bytes >= ROOM_BYTES
+
+    @property
+    def has_ample_room(self) -> bool:
+        """Whether there is room also for what nobody has asked for yet."""
+        return not self.in_memory and self._free_bytes >= 4 * ROOM_BYTES
+
+    @property
+    def _free_bytes(self) -> int:
         found = os.fstatvfs(self.descriptor)
-        return found.f_bavail * found.f_frsize >= ROOM_BYTES
+        return found.f_bavail * found.f_frsize
 
     def place(self, content: LayerContent) -> int:
         """Where the content of an object begins in the spool."""

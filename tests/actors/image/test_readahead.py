@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.image.readahead import OBJECTS_MAX, SMALL_SPANS, WINDOW_MAX, Readahead
+from actors.image.readahead import OBJECTS_MAX, SMALL_SPANS, WINDOW_MAX, Neighbours, Readahead
 
 SMALL, LARGE = range(100, 110), range(200, 400)
 
@@ -12,8 +12,9 @@ SMALL, LARGE = range(100, 110), range(200, 400)
 @pytest.mark.parametrize(
     ("spans", "asked", "ahead"),
     [
-        # a program, wherever it is asked for: more and more of what follows
-        (SMALL, [(100, 101), (105, 106), (103, 104)], [(101, 102), (106, 108), (104, 108)]),
+        # a program: what follows, and all of it when something else of it is wanted
+        (SMALL, [(100, 101), (105, 106), (103, 104)], [(101, 102), (100, 110), (100, 110)]),
+        (SMALL, [(105, 106), (100, 102)], [(106, 107), (100, 110)]),
         (SMALL, [(109, 110)], [(110, 110)]),
         # a large file that is read on in
         (LARGE, [(200, 201), (202, 203), (205, 207)], [(201, 202), (203, 205), (207, 211)]),
@@ -56,6 +57,29 @@ def test_what_was_not_fetched_ahead_is_not_read_on_in() -> None:
     assert 7 in readahead
     assert not readahead.found(7, 300, LARGE)
     assert not readahead.found(7, 100, LARGE)
+
+
+@pytest.mark.parametrize(
+    ("asked", "ahead"),
+    [
+        ([(1, 17)], [[]]),
+        ([(1, 17), (1, 18), (1, 17)], [[], [], []]),  # one object alone says nothing
+        ([(1, 17), (2, 19), (3, 20)], [[], [(16, 24)], []]),
+        ([(1, 15), (2, 16)], [[], []]),  # of two groups
+        # where one group is wanted, those beside it are when something of one is
+        ([(1, 17), (2, 19), (3, 24)], [[], [(16, 24)], [(24, 32), (32, 40)]]),
+        ([(1, 17), (2, 19), (3, 33)], [[], [(16, 24)], [(32, 40), (40, 48), (24, 32)]]),
+        ([(1, 17), (2, 19), (3, 2)], [[], [(16, 24)], [(0, 8), (8, 16)]]),
+        ([(1, 17), (2, 19), (3, 50)], [[], [(16, 24)], []]),
+    ],
+)
+def test_what_is_fetched_where_two_small_files_were_missed(
+    asked: list[tuple[int, int]], ahead: list[list[tuple[int, int]]]
+) -> None:
+    neighbours = Neighbours()
+    found = [neighbours.missed(3, object, span) for object, span in asked]
+    assert found == [[range(*wanted) for wanted in group] for group in ahead]
+    assert neighbours.missed(4, 77, asked[-1][1]) == []  # another layer
 
 
 def test_few_objects_are_remembered() -> None:
