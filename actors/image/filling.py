@@ -6,6 +6,7 @@ published than half the spool holds, no faster than told, and not so much that t
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 
@@ -15,6 +16,8 @@ from actors.image.source import RegistrySource
 from actors.lazytree.server import SourceError
 
 FREE_SHARE_MIN = 0.1  # of the file system of OBJECTS
+
+_libc = ctypes.CDLL(None)
 
 
 class Filling:
@@ -31,6 +34,10 @@ class Filling:
     async def run(self, say: Callable[[str], None]) -> None:
         """Until all is here, or something is wrong with it, which is said: what is read later is tried again."""
         await trio.sleep(self._delay_s)
+        await self._fill(say)
+        _libc.malloc_trim(0)  # an image that is all here needs no more of its server than that it is there
+
+    async def _fill(self, say: Callable[[str], None]) -> None:
         try:
             for layer in range(self._source.layers):
                 async with trio.open_nursery() as nursery:
