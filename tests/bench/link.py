@@ -21,6 +21,7 @@ from types import TracebackType
 ROUND_TRIP_S = 0.020
 BYTES_PER_S = 100e6 / 8
 PIECE_BYTES = 16 << 10
+SLACK_S = 0.008  # 100 kB of a connection wait at the link
 IN_FLIGHT_MAX = 64  # pieces of one direction of a connection: four times what the link itself holds
 
 
@@ -76,7 +77,8 @@ class Link:
                 left_at = way.passed(len(piece))
                 self._bytes[counted] += len(piece)
                 await flying.put((left_at + ROUND_TRIP_S / 2, piece))
-                await asyncio.sleep(left_at - loop.time())  # the next piece queues behind those of others
+                # The next piece queues behind those of others; early enough for the link not to stand idle when this wakes up late.
+                await asyncio.sleep(left_at - loop.time() - SLACK_S)
             await flying.put((loop.time() + ROUND_TRIP_S / 2, b""))
             await arriving
         except OSError:
