@@ -51,7 +51,7 @@ RUN_BYTES_MAX = 4 << 20  # decompressed bytes, about, that one range is for
 BLOCK_BYTES = 256 << 10
 WAITING_BYTES, WAITING_MIN = 8 << 20, 8  # of the spool, for each read that waits for a fetch: the spans of a mebibyte, amply
 SMALL_BYTES = 256 << 10  # an object whose neighbours in its layer are wanted with it
-AHEAD_SPANS, AHEAD_MAX, AHEAD_QUEUE = 2, 2, 32  # fetched ahead in one range; on their way at once; ranges that wait
+AHEAD_SPANS, AHEAD_MAX, AHEAD_QUEUE = 2, 4, 32  # fetched ahead in one range; on their way at once; ranges that wait
 ROUNDS_MAX = 16  # of fetching what somebody then took away
 
 
