@@ -44,8 +44,10 @@ class Node:
 
 
 @pytest.fixture
-def node(tmp_path: Path, objects: Objects) -> Node:
-    return Node(tmp_path / "node", objects)
+def node(tmp_path: Path, objects: Objects) -> Iterator[Node]:
+    node = Node(tmp_path / "node", objects)
+    yield node
+    node.lock.close()
 
 
 def put(objects: Objects, *contents: bytes) -> list[bytes]:
@@ -198,6 +200,7 @@ def test_killed_at_any_instruction(tmp_path: Path) -> None:
         other.close()
     assert evicted and kept_whole
     objects.close()
+    node.lock.close()
 
 
 OPERATIONS = ("pwrite", "unlink", "rename", "link", "utime", "mkdir", "write")  # besides opening a file that may be made
@@ -259,6 +262,7 @@ def test_killed_before_each_of_its_operations(tmp_path: Path) -> None:
         evict_all()
         assert here(again, held + loose + orphan) == [True, False, False, again.has(orphan[0].hex())]
         os.close(busy)
+        node.lock.close()
         again.ledger.forget_freed()
         there = sum(taken_bytes(path.stat()) for path in (home / "objects").glob("??/*"))
         assert (sum_of(again.descriptor).used_bytes, unlinked_bytes(again.descriptor)) == (there, 0), number
