@@ -168,6 +168,9 @@ class Keeper:
                 self._replacements.add(part.name, part.pid, gone)
             if found and self._renew:  # the place was taken over: what was found runs the old version of the program
                 part.signal(signal.SIGKILL)
+            elif found and part is self._root and self._draining:
+                # It may have said Hello before the drain began, to which another one was told that had not got its place.
+                part.signal(signal.SIGTERM)
         self._renew = False
         if self._draining and now > self._drain_deadline:
             say("the drain takes too long: the root supervisor is killed, and started again to go on with it")

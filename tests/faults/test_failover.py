@@ -66,6 +66,8 @@ class Task:
 def daemon(tmp_path: Path, image: str) -> Iterator[Daemon]:
     with running(tmp_path, image) as started:
         yield started
+        stopping = time.monotonic()
+    assert time.monotonic() - stopping < PATIENCE_S, "who is told to end is who has the place"
 
 
 @pytest.fixture

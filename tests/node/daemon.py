@@ -180,6 +180,14 @@ class Daemon:
         while b'"running"' not in (shown := self.command("result", "--json", task)).stdout:
             assert time.monotonic() < deadline, shown
 
+    def wait_printed(self, task: str, text: bytes) -> None:
+        """Wait until the task has printed it, in one piece."""
+        journal = self.state / "tasks" / task / "output/journal"
+        deadline = time.monotonic() + PATIENCE_S
+        while not journal.exists() or text not in journal.read_bytes():
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+
     def clear_away(self) -> None:
         """End and unmount everything, after a failure that left it in no state to do so itself."""
         while pids := self.processes():

@@ -129,7 +129,7 @@ def test_a_read_that_cannot_be_answered_ends_in_time_and_says_why(tmp_path: Path
             assert out(daemon, "md5sum /noise") == SUM
         with running(_made(tmp_path / "2"), image, **settings) as daemon:
             task = daemon.submit("cat /bin/busybox | wc -c; until [ -e /go ]; do sleep 0.05; done; md5sum /noise")
-            daemon.wait_running(task)
+            daemon.wait_printed(task, b"%d\n" % Path("/bin/busybox").stat().st_size)
             registry.stop()
             begun = time.monotonic()
             (daemon.run_dir / "tasks" / task / "root/go").touch()

@@ -12,7 +12,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -96,8 +95,8 @@ def test_the_present_version_takes_over_what_an_older_one_runs(tmp_path: Path, i
         old.submitted("plain", f"{PRINT}; exit 7", "--timeout", "60s")
         old.submitted("work", f"echo before > kept; {READ} {PRINT}; echo after >> kept; exit 8", "--workspace", "work")
         old.submitted("queued", "echo at last; exit 9")
-        wait_for_journal(new, "plain", b"out 3\n")
-        wait_for_journal(new, "work", b"out 3\n")
+        new.wait_printed("plain", b"out 3\n")
+        new.wait_printed("work", b"out 3\n")
         new.start("--take-over")
         old.reap()
         assert {row["task"]: row["state"] for row in shown(new, "ps", "--json")} == {
@@ -107,7 +106,7 @@ def test_the_present_version_takes_over_what_an_older_one_runs(tmp_path: Path, i
             "queued": "pending",
         }
         for task in ("plain", "work"):
-            wait_for_journal(new, task, b"out 20\n")
+            new.wait_printed(task, b"out 20\n")
             os.kill(int((new.run_dir / "tasks" / task / "monitor" / "pid").read_text()), signal.SIGUSR1)
         check_results(new)
         assert (new.result("ended").exit_code, new.logs("ended")) == (5, (b"done\n", b""))
@@ -156,11 +155,3 @@ def check_results(daemon: Daemon) -> None:
 
 def shown(daemon: Daemon, *arguments: str) -> Any:
     return json.loads(daemon.command(*arguments).stdout)
-
-
-def wait_for_journal(daemon: Daemon, task: str, text: bytes) -> None:
-    journal = daemon.state / "tasks" / task / "output" / "journal"
-    deadline = time.monotonic() + PATIENCE_S
-    while not journal.exists() or text not in journal.read_bytes():
-        assert time.monotonic() < deadline, daemon.log.read_text()[-3000:]
-        time.sleep(0.02)

@@ -170,6 +170,20 @@ def test_a_drain_that_takes_too_long_is_gone_on_with_by_another_root_supervisor(
     assert "the drain takes too long" in daemon.log()
 
 
+def test_who_has_the_place_drains_when_another_one_was_told_to(daemon: Daemon, tmp_path: Path) -> None:
+    """Two were started at once, by a stand-in and by the keeper that took its place: that one's own is still waiting when it is told."""
+    (tmp_path / "program").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "program").chmod(0o700)
+    keeper = daemon.start("keeper-of-nothing")
+    daemon.state(lambda state: state.root_restarts == 0)
+    with subprocess.Popen(argv("root", tmp_path)):
+        daemon.ask()
+        keeper.send_signal(signal.SIGTERM)
+        assert keeper.wait(10) == 0
+    assert (tmp_path / "drained").exists()
+    assert "the drain takes too long" not in daemon.log()
+
+
 def test_a_root_supervisor_that_dies_while_it_drains_is_started_again_to_go_on_with_it(daemon: Daemon, tmp_path: Path) -> None:
     keeper = daemon.start()
     root = daemon.ask().pid
