@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import pickle
@@ -37,8 +38,10 @@ SERVER_CODEC = Codec(Ready, Progress, ReadFailed, ReadWhole)
 
 def fork(run: Callable[[], None]) -> int:
     """A child that does nothing but `run`: exit code 0, or 1 with a traceback on stderr."""
+    gc.freeze()  # as the fork server does: else the child's first collection makes a copy of all that pytest has
     pid = os.fork()
     if pid:
+        gc.unfreeze()
         return pid
     code = 1
     try:
