@@ -20,6 +20,7 @@ from loguru import logger
 REMOVED = "removed"  # in each home
 TREES_MAX = 100  # for one rm
 GATHER_S = 0.03  # after the first of them: tasks end together, and to start rm takes as long as to delete a few trees
+RETRY_S = 1.0
 
 
 class Removal:
@@ -62,21 +63,25 @@ class Removal:
             time.sleep(GATHER_S)
             with self._change:
                 known = self._put_aside
-            while trees := self._trees()[:TREES_MAX]:
-                # In a session of its own: a signal to the daemon's group must not end it halfway.
-                subprocess.run(
-                    ["rm", "-rf", "--one-file-system", "--", *trees],
-                    stdin=subprocess.DEVNULL,
-                    check=False,
-                    start_new_session=True,
-                )
-                for tree in trees:
-                    if tree.exists():
-                        logger.error("{} could not be deleted", tree)
-                        self._failed.add(tree)
+            try:
+                self._delete()
+            except OSError as error:  # no process to be had just now, for instance
+                logger.error("what tasks have left cannot be deleted, it is tried again: {}", error)
+                time.sleep(RETRY_S)
+                continue
             with self._change:
                 self._dealt_with = known
                 self._change.notify_all()
+
+    def _delete(self) -> None:
+        while trees := self._trees()[:TREES_MAX]:
+            # In a session of its own: a signal to the daemon's group must not end it halfway.
+            command: list[str | Path] = ["rm", "-rf", "--one-file-system", "--", *trees]
+            subprocess.run(command, stdin=subprocess.DEVNULL, check=False, start_new_session=True)
+            for tree in trees:
+                if os.path.lexists(tree):
+                    logger.error("{} could not be deleted", tree)
+                    self._failed.add(tree)
 
     def _trees(self) -> list[Path]:
         return [tree for home in self._homes for tree in (home / REMOVED).iterdir() if tree not in self._failed]

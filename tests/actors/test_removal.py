@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from actors import removal as removal_module
 from actors.removal import REMOVED, Removal
 
 STATE, RUN = "state", "run"
@@ -93,6 +94,16 @@ def test_what_is_mounted_in_a_tree_is_not_touched_and_holds_up_nothing_else(home
     assert removal.finish(10.0)
     assert [name.split(".")[0] for name in left(homes)] == ["busy"]
     assert [path.read_bytes() for path in homes[0].glob(f"{REMOVED}/busy.*/mnt/*")] == [b"kept"]
+
+
+def test_without_a_process_to_be_had_it_is_tried_again(homes: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(removal_module, "RETRY_S", 0.1)
+    monkeypatch.setenv("PATH", str(homes[0]))
+    removal = Removal(homes)
+    removal.remove(tree(homes[0], "t"))
+    assert not removal.finish(0.5) and len(left(homes)) == 1
+    (homes[0] / "rm").symlink_to("/bin/rm")
+    assert removal.finish(10.0) and left(homes) == []
 
 
 def test_killed_at_any_instant_the_next_one_goes_on(homes: list[Path], tmp_path: Path) -> None:
