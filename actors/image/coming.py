@@ -18,12 +18,15 @@ import struct
 import time
 from array import array
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import trio
 from inotify_simple import INotify, flags
 
 from actors.image.pack import CHUNKS_MAX, Chunk
 from actors.image.spool import PAGE_BYTES
+
+if TYPE_CHECKING:
+    import trio  # loaded by the server alone, when it waits: the root supervisor starts in a tenth less without it
 
 STALL_S = 0.5
 YIELD_S, YIELD_LOOK_S = 0.1, 0.005  # how long a pack waits for more urgent things before each piece: well below STALL_S
@@ -133,6 +136,8 @@ class Coming:
 
     async def _progress(self, before: int) -> bool:
         """Wait until not only `before` are through; False when that is so for STALL_S."""
+        import trio
+
         if self._changed is not None:
             return await _within(STALL_S, self._changed)
         self._changed = trio.Event()
@@ -148,6 +153,8 @@ class Coming:
 
 
 async def _within(time_s: float, event: trio.Event) -> bool:
+    import trio
+
     with trio.move_on_after(time_s) as waited:
         await event.wait()
     return not waited.cancelled_caught

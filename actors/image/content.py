@@ -13,15 +13,17 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import msgspec
 
-from actors.image.stream import LayerStream
-from actors.image.tar import Entry
 from actors.lazytree.ledger import is_short
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import Row
+
+if TYPE_CHECKING:  # what unpacks layers; of who only reads content it is no part
+    from actors.image.stream import LayerStream
+    from actors.image.tar import Entry
 
 CHUNK_BYTES = 256 << 10
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
