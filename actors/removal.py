@@ -19,7 +19,8 @@ from loguru import logger
 
 REMOVED = "removed"  # in each home
 TREES_MAX = 100  # for one rm
-GATHER_S = 0.03  # after the first of them: tasks end together, and to start rm takes as long as to delete a few trees
+# Tasks end together, and to start rm takes as long as to delete a few trees: so it waits until none has come for a moment.
+QUIET_S, GATHER_S = 0.005, 0.03
 RETRY_S = 1.0
 
 
@@ -60,8 +61,9 @@ class Removal:
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._dealt_with < self._put_aside)
-            time.sleep(GATHER_S)
-            with self._change:
+                until_s = time.monotonic() + GATHER_S
+                while self._change.wait(QUIET_S) and time.monotonic() < until_s:
+                    pass
                 known = self._put_aside
             try:
                 self._delete()
