@@ -55,8 +55,11 @@ class Task:
 
     def pid(self, kind: str) -> int:
         """Of the daemon's process of that kind, found from outside: the daemon need not answer."""
-        [found] = [process.pid for process in victims.find(self.daemon.state) if process.kind == kind]
+        [found] = self.pids(kind)
         return found
+
+    def pids(self, kind: str) -> list[int]:
+        return [process.pid for process in victims.find(self.daemon.state) if process.kind == kind]
 
     def close(self) -> None:
         os.close(self._file)
@@ -158,7 +161,7 @@ def replacements(task: Task) -> list[str]:
 
 def replaced_again(task: Task) -> None:
     deadline = time.monotonic() + SLOW_S
-    while (served := task.daemon.wait_pid(f"workspace mount {task.name}")) != task.pid("workspace mount"):
+    while [served := task.daemon.wait_pid(f"workspace mount {task.name}")] != task.pids("workspace mount"):
         assert time.monotonic() < deadline, "one, and the one that the tree shows, as soon as its supervisor has heard of it"
     os.kill(served, signal.SIGKILL)
     assert task.read() < KEEPER_S + SLOW_S

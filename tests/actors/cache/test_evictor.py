@@ -44,10 +44,8 @@ class Node:
 
 
 @pytest.fixture
-def node(tmp_path: Path, objects: Objects) -> Iterator[Node]:
-    node = Node(tmp_path / "node", objects)
-    yield node
-    node.lock.close()
+def node(tmp_path: Path, objects: Objects) -> Node:
+    return Node(tmp_path / "node", objects)
 
 
 def put(objects: Objects, *contents: bytes) -> list[bytes]:
