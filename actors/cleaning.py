@@ -117,7 +117,12 @@ def remove_all(layout: TaskLayout, known: bool, removal: Removal) -> int:
         doomed.append(layout.volatile)
     if not waits_for_later(layout.workspace_home):
         doomed.append(layout.workspace_home if known else layout.durable)
-    present = [directory for directory in doomed if directory.exists()]
-    for directory in present:
-        removal.remove(directory)
-    return len(present)
+    removed = 0
+    for directory in doomed:
+        if directory.exists():
+            try:
+                removal.remove(directory)
+                removed += 1
+            except OSError as error:  # no reason not to start: the next daemon tries again
+                logger.error("{} could not be put aside: {}", directory, error)
+    return removed

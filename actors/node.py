@@ -107,7 +107,7 @@ def main(argv_of: Callable[..., list[str]]) -> int:
     notify(f"READY=1\nMAINPID={services.descriptors.welcome.pid}")
     if services.descriptors.welcome.draining:
         asked_to_end.set()
-    # A collection looks at what tasks have left, and not each time at all that was loaded: a twentieth of this process's time.
+    # A collection looks at what tasks have left, and not each time at all that was loaded.
     gc.collect()
     gc.freeze()
     asked_to_end.wait()

@@ -221,18 +221,18 @@ class GatewayActor(Actor):
             case Tree(number):
                 self.work(("tree", client, number), draw_tree, self.system, self._services)
             case ListImages():
-                self._ask_images(client, request, images.ListImages())
+                self._ask_for(client, request, images.ListImages())
             case MountImage(number, image):
                 lease = f"mount-{self._services.boot_id[:8]}-{client}-{number}-{time.time_ns():x}"
-                self._ask_images(client, request, images.PrepareRootfs(lease, image, root=True))
+                self._ask_for(client, request, images.PrepareRootfs(lease, image, root=True))
             case UnmountImage(_, lease):
-                self._ask_images(client, request, images.ReleaseRootfs(lease))
+                self._ask_for(client, request, images.ReleaseRootfs(lease))
             case ShowStorage():
-                self._ask_images(client, request, cache.CacheUsage(), CACHE)
+                self._ask_for(client, request, cache.CacheUsage(), CACHE)
             case CheckStorage():
-                self._ask_images(client, request, cache.Check(), CACHE)
+                self._ask_for(client, request, cache.Check(), CACHE)
             case PruneStorage(_, size_bytes):
-                self._ask_images(client, request, cache.Prune(size_bytes), CACHE)
+                self._ask_for(client, request, cache.Prune(size_bytes), CACHE)
 
     def _submit(self, client: int, request: Submit) -> None:
         known = self._ledger.tasks.get(request.task)
@@ -423,7 +423,7 @@ class GatewayActor(Actor):
 
     # --- images ---
 
-    def _ask_images(self, client: int, request: Request, message: Message, whom: str = IMAGES) -> None:
+    def _ask_for(self, client: int, request: Request, message: Message, whom: str = IMAGES) -> None:
         self._asked[self.request(whom, message)] = (client, request)
 
     def _images_answered(self, number: int, value: Any) -> None:

@@ -26,7 +26,7 @@ from actors.image.pack import CHUNKS_MAX, Chunk
 from actors.image.spool import PAGE_BYTES
 
 if TYPE_CHECKING:
-    import trio  # loaded by the server alone, when it waits: the root supervisor starts in a tenth less without it
+    import trio  # loaded by the server alone, when it waits: the root supervisor, which starts sooner without it, loads this module too
 
 STALL_S = 0.5
 YIELD_S, YIELD_LOOK_S = 0.1, 0.005  # how long a pack waits for more urgent things before each piece: well below STALL_S

@@ -182,9 +182,16 @@ def _index(
             found = indexer.look(
                 first.store, first.directory, objects, first.bounds, first.small_bytes_max, first.small_s, holds
             )
-        except (OSError, TreeTooLarge) as error:
+        except TreeTooLarge as error:
             for job in jobs:
                 send(JobFailed(job.job, str(error)))
+            return
+        except OSError as error:
+            if len(jobs) > 1:  # it may be one task's alone, whose directory is gone for instance
+                for job in jobs:
+                    _index(indexer, settle, [job], send)
+            else:
+                send(JobFailed(first.job, str(error)))
             return
     for job in jobs:
         try:

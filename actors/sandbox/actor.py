@@ -357,6 +357,9 @@ class SandboxActor(Actor):
             case "deleted":
                 logger.error("task {} could not be undone, trying again: {}", self._task, error)
                 self.after(RETRY_S, ("again", Effect.DELETE))
+            case "workspace released":
+                logger.error("the workspace of task {} could not be put aside, trying again: {}", self._task, error)
+                self.after(RETRY_S, ("again", Effect.RELEASE_WORKSPACE))
             case _:
                 logger.error("task {}: {}: {}", self._task, key, error)
 

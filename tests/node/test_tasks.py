@@ -13,7 +13,7 @@ import pytest
 
 from actors.gateway.client import RequestFailed
 from actors.gateway.messages import Stop
-from tests.node.daemon import Daemon
+from tests.node.daemon import PATIENCE_S, Daemon
 
 
 def out(daemon: Daemon, script: str, **changes: object) -> str:
@@ -33,6 +33,24 @@ def test_what_happened_to_a_task_s_actors_is_written_down(daemon: Daemon) -> Non
         found = [(event["supervisor"], event["what"], event["cause"]) for event in events if event["child"] == child]
         assert found[0] == (supervisor, "started", "normal")
         assert found[-1] == (supervisor, "ended", "normal")
+
+
+def test_what_a_task_leaves_is_put_aside_as_soon_as_that_can_be_done(daemon: Daemon) -> None:
+    """The result does not wait for it; and it is tried until it can."""
+    removed = daemon.state / "removed"
+    removed.rmdir()
+    removed.write_bytes(b"")
+    try:
+        result = daemon.run("exit 3")
+        assert result.exit_code == 3
+        deadline = time.monotonic() + PATIENCE_S
+        while sum(result.task in line and "ERROR" in line for line in daemon.log.read_text().splitlines()) < 2:
+            assert time.monotonic() < deadline, "it is said of both, what its container had and its workspace"
+            time.sleep(0.01)
+    finally:
+        removed.unlink()
+        removed.mkdir(mode=0o700)
+    daemon.wait_released()
 
 
 # --- what a task finds ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -141,6 +142,21 @@ def test_no_task_gets_a_listing_that_is_older_than_its_request(
         assert answers[number].entries >= number + 1
         assert {b"f%d" % earlier for earlier in range(number + 1)} <= read_listing(str(task.directory)).keys()
         assert all((task.directory / part).stat().st_size for part in (META, TABLE))
+
+
+def test_a_task_that_is_gone_takes_no_other_with_it(workspaces: Callable[[str], Workspace], store: Path) -> None:
+    """They wait together, and the first one's directory goes meanwhile."""
+    write(store / "a", "a")
+    gone, other = workspaces("t1"), workspaces("t2")
+    with syncer() as (channel, pid):
+        os.kill(pid, signal.SIGSTOP)
+        for number, task in enumerate((gone, other)):
+            channel.send(index_job(task, str(number)))
+        shutil.rmtree(gone.directory)
+        os.kill(pid, signal.SIGCONT)
+        answers = {given.job: given for given in (answer(channel), answer(channel))}
+    assert isinstance(answers["0"], wire.JobFailed) and "No such file" in answers["0"].error
+    assert isinstance(answers["1"], wire.Indexed) and answers["1"].entries == 1
 
 
 def test_memory_is_given_back(workspace: Workspace, store: Path) -> None:
