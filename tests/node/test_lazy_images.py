@@ -26,8 +26,8 @@ from actors.lazytree.mounts import Mount, mounts_below
 from actors.lazytree.objects import Objects
 from tests.actors.image.images import RunningRegistry, directory, member, tar
 from tests.actors.image.proxy import Proxy, silent, status, throttle
-from tests.actors.lazytree.harness import fork, in_child, wait_in_time
-from tests.actors.lazytree.test_bounds import private_bytes, queued, wait_for
+from tests.actors.lazytree.harness import fork, in_child, private_bytes, wait_in_time
+from tests.actors.lazytree.test_bounds import queued, wait_for
 from tests.node.conftest import busybox_layer
 from tests.node.daemon import Daemon, running
 

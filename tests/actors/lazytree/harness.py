@@ -10,9 +10,12 @@ import select
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +31,7 @@ from actors.mount.source import StoredFile
 from actors.mount.wire import ReadWhole
 from supervisor.channel import Channel
 from supervisor.frames import Codec, Message
+from supervisor.isolation import Isolation
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -91,6 +95,27 @@ def wait_in_time(pid: int, timeout_s: float = 20.0) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@contextmanager
+def fork_server(home: Path, *preload: str) -> Iterator[Isolation]:
+    """A real one, for tests that count memory.
+
+    What a fork of pytest shares with it becomes the fork's own, byte by byte, as pytest goes on and writes there.
+    """
+    home.mkdir()
+    place = f"Path({str(home / 'socket')!r}), Path({str(home / 'lock')!r})"
+    program = f"from pathlib import Path; from supervisor.forkserver import main; main({place}, {preload!r})"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[3]) as process:
+        try:
+            yield Isolation(str(home / "socket"))
+        finally:
+            process.kill()
+
+
+def private_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
+
+
 class Server:
     """A forked server and the parent's end of its channel."""
 
@@ -122,6 +147,25 @@ class Server:
         """The exit code, when it has ended."""
         self.channel.close()
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+
+class Isolated(Server):
+    """One that a fork server has forked, and reaps: its exit code is nobody's to know here."""
+
+    def __init__(self, isolation: Isolation, entry: Entry, descriptor: int, order: ServeTree) -> None:
+        name = f"{entry.__module__}:{entry.__qualname__}"
+        self._process = isolation.start("server", name, order, SERVER_CODEC, [descriptor])
+        self.channel, self.pid, self.code = self._process.channel, self._process.pid, None
+
+    def kill(self) -> None:
+        self._process.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> int:
+        assert select.select([self._process.pidfd], [], [], 10.0)[0]
+        self._process.close()
+        self.code = 0
         return self.code
 
 
@@ -179,11 +223,11 @@ class Tree:
         with open(self.home / "table", "wb") as file:
             write_table(file, rows)
 
-    def serve(self, entry: Entry) -> Server:
-        """A server, the first or a replacement, that is Ready."""
+    def serve(self, entry: Entry, isolation: Isolation | None = None) -> Server:
+        """A server, the first or a replacement, that is Ready: a fork of this process, or of that fork server."""
         replacement = bool(self.servers)
         order = msgspec.structs.replace(self.order, replacement=replacement)
-        server = Server(entry, self.fuse, order)
+        server = Isolated(isolation, entry, self.fuse, order) if isolation else Server(entry, self.fuse, order)
         self.servers.append(server)
         server.receive(Ready)
         if not replacement:

@@ -22,7 +22,19 @@ from actors.mount.indexing import META, TABLE
 from actors.mount.listing import Bounds, read_listing
 from actors.mount.process import serve
 from supervisor.channel import Channel, ChannelClosed
+from tests.actors.lazytree.harness import fork_server
 from tests.actors.mount.conftest import Workspace, write
+
+
+@contextmanager
+def isolated_syncer(home: Path) -> Iterator[tuple[Channel, int]]:
+    """The process, as a fork server's child."""
+    with fork_server(home / "forks", "actors.mount.process") as isolation:
+        process = isolation.start(
+            "syncer", "actors.mount.process:serve", wire.SyncerArguments(str(home / "forks/lock-of-syncer")), wire.ANSWERS
+        )
+        yield process.channel, process.pid
+        process.close()
 
 
 @contextmanager
@@ -159,10 +171,10 @@ def test_a_task_that_is_gone_takes_no_other_with_it(workspaces: Callable[[str], 
     assert isinstance(answers["1"], wire.Indexed) and answers["1"].entries == 1
 
 
-def test_memory_is_given_back(workspace: Workspace, store: Path) -> None:
+def test_memory_is_given_back(workspace: Workspace, store: Path, tmp_path: Path) -> None:
     for number in range(3000):
         write(store / f"d{number % 30}/f{number}", "")
-    with syncer() as (channel, pid):
+    with isolated_syncer(tmp_path) as (channel, pid):
         used_kib = []
         for number in range(12):
             write(store / "changing", str(number))
