@@ -19,12 +19,14 @@ DRAIN_MARGIN_S = 30.0  # over `daemon.drain_timeout`: stopping, syncing back and
 PRELOAD = (
     "actors.mount.serve",
     "actors.mount.process",
-    "actors.image.process",
-    "actors.image.prefetch",
+    "actors.image.archives.process",
+    "actors.image.prefetch.process",
     "actors.output.process",
     "actors.cache.process",
 )
-PRELOAD_FOR_A_BUCKET = ("actors.image.fleet",)  # boto3: 0.1 to 0.2 s and 7 MB of each builder, for 8 MB once that all share
+PRELOAD_FOR_A_BUCKET = (
+    "actors.image.archives.fleet",
+)  # boto3: 0.1 to 0.2 s and 7 MB of each builder, for 8 MB once that all share
 
 
 def main(take_over: bool = False) -> int:

@@ -43,7 +43,7 @@ class SettingsError(Exception):
         self.faults = faults
 
 
-# REGISTRY=MIRROR pairs with spaces between; `actors.image.mirrors` says what a mirror is.
+# REGISTRY=MIRROR pairs with spaces between; `actors.image.registry.mirrors` says what a mirror is.
 Mirrors = Annotated[
     str,
     Meta(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from actors.cache.eviction import LOW
-from actors.image.archive import Archive
+from actors.image.archives.archive import Archive
 from actors.image.errors import ArchiveInvalid
 from actors.lazytree import trees
 from actors.lazytree.mounts import mounts_below

@@ -19,14 +19,14 @@ from functools import partial
 from typing import BinaryIO, cast
 
 from actors.cache.archives import SUFFIX
-from actors.image.archive import Archive
-from actors.image.checkpoints import Spans
-from actors.image.content import LayerContent, copy_content, decode_content, stored_bytes
+from actors.image.archives.archive import Archive
 from actors.image.errors import ArchiveInvalid, ContentCorrupt, ImageError
-from actors.image.mirrors import mirrors_of
-from actors.image.reference import Reference
-from actors.image.registry import Registry
-from actors.image.stream import decompress_from
+from actors.image.layers.checkpoints import Spans
+from actors.image.layers.content import LayerContent, copy_content, decode_content, stored_bytes
+from actors.image.layers.stream import decompress_from
+from actors.image.registry.mirrors import mirrors_of
+from actors.image.registry.reference import Reference
+from actors.image.registry.repository import Registry
 from actors.lazytree import trees
 from actors.lazytree.objects import PREFIXES, Objects
 from actors.lazytree.table import CorruptTable, Row

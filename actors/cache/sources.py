@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 
 from actors.image.errors import ImageError, RegistryUnreachable, Unauthorised
-from actors.image.mirrors import mirrors_of
-from actors.image.reference import Reference
-from actors.image.registry import Registry
+from actors.image.registry.mirrors import mirrors_of
+from actors.image.registry.reference import Reference
+from actors.image.registry.repository import Registry
 from actors.lazytree.trees import TreeSource
 
 ANSWER_S = 3.0  # for one byte of a layer

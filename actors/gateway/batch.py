@@ -18,7 +18,7 @@ import msgspec
 from actors.gateway.client import Client
 from actors.gateway.messages import Ended, Failed, Submit, TaskResult
 from actors.gateway.submitting import UsageError, checked, new_task_id, specification
-from actors.image.login import parse_login
+from actors.image.registry.login import parse_login
 from actors.settings import Runtime, SandboxSection, Settings
 from supervisor.frames import FrameError
 

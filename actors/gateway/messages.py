@@ -23,7 +23,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from actors.image.login import Login
+from actors.image.registry.login import Login
 from actors.settings import Runtime
 from supervisor.frames import Message
 

@@ -14,7 +14,7 @@ import msgspec
 from actors.gateway.client import Client, RequestFailed
 from actors.gateway.messages import Accepted, LogDirectory, Logs, Submit, TaskResult, TaskSpec
 from actors.gateway.request import amount, faults
-from actors.image.login import Login, parse_login
+from actors.image.registry.login import Login, parse_login
 from actors.quantities import QuantityError
 from actors.settings import SandboxSection, Settings
 from supervisor.frames import FrameError

@@ -13,13 +13,13 @@ from typing import Any
 from loguru import logger
 
 from actors.image import messages, wire
-from actors.image.building import Building, shown
+from actors.image.archives.building import Building, shown
 from actors.image.catalogue import Asked, Catalogue, Image, name_of
 from actors.image.errors import ArchiveInvalid, ReferenceInvalid
 from actors.image.leases import Leases, held_still, login_of, task_of
 from actors.image.mounted import ImageMount, Mounted, NotMounted, Removed, unmount_others
-from actors.image.prefetching import Prepared
-from actors.image.reference import Reference
+from actors.image.prefetch.prefetching import Prepared
+from actors.image.registry.reference import Reference
 from actors.image.wire import RESOLVING
 from actors.lazytree import mounts
 from actors.lazytree.wire import ReadFailed

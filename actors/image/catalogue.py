@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.image import messages
-from actors.image.archive import Archive, archive_path
+from actors.image.archives.archive import Archive, archive_path
 from actors.image.errors import ArchiveInvalid
-from actors.image.login import Login
 from actors.image.mounted import ImageMount, State
-from actors.image.reference import Reference
+from actors.image.registry.login import Login
+from actors.image.registry.reference import Reference
 from actors.image.wire import Built
 from supervisor.answers import Deferred
 from supervisor.store import Store

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from loguru import logger
 
-from actors.image.archive import Archive, hold
+from actors.image.archives.archive import Archive, hold
 from actors.lazytree import trees
 from actors.lazytree.trees import Trees, TreeSource
 from actors.services import Services

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from actors.gateway.messages import TaskSpec
-from actors.image.login import Login
+from actors.image.registry.login import Login
 from supervisor.store import Store
 
 TASK = "task/"  # what the name of a task's lease begins with

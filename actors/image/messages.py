@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.image.login import Login
+from actors.image.registry.login import Login
 from supervisor.frames import Message
 
 

@@ -20,17 +20,19 @@ from typing import Any
 
 from loguru import logger
 
-from actors.image import pack, spool, trace, wire
-from actors.image.archive import Archive, archive_path
-from actors.image.credentials import docker_login
+from actors.image import wire
+from actors.image.archives import pack, trace
+from actors.image.archives.archive import Archive, archive_path
 from actors.image.errors import ArchiveInvalid
 from actors.image.holding import Holding
-from actors.image.login import Access, Login
-from actors.image.mirrors import mirrors_of
-from actors.image.policy import How, Plan, Sizes, plan
-from actors.image.prefetching import Prefetching, Prepared
-from actors.image.reference import Reference
-from actors.image.tracing import Recorded, Tracing
+from actors.image.lazy import spool
+from actors.image.prefetch.policy import How, Plan, Sizes, plan
+from actors.image.prefetch.prefetching import Prefetching, Prepared
+from actors.image.prefetch.tracing import Recorded, Tracing
+from actors.image.registry.credentials import docker_login
+from actors.image.registry.login import Access, Login
+from actors.image.registry.mirrors import mirrors_of
+from actors.image.registry.reference import Reference
 from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
 from actors.lazytree.served import LazyServer, Program

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.image.login import Access, Login
+from actors.image.registry.login import Access, Login
 from supervisor.frames import Message
 
 

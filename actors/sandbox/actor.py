@@ -17,7 +17,7 @@ from loguru import logger
 
 from actors.gateway.messages import Failure, Sync, TaskResult, TaskSpec
 from actors.image import messages as images
-from actors.image.trace import workload_of
+from actors.image.archives.trace import workload_of
 from actors.mount import messages as mounting
 from actors.output import messages as output
 from actors.output.sinks import faults

@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from actors.image import trace
-from actors.image.archive import Archive
+from actors.image.archives import trace
+from actors.image.archives.archive import Archive
 from actors.lazytree.objects import Objects
 from tests.actors.image.s3 import CREDENTIALS, RunningS3
 from tests.bench import science

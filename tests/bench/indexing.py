@@ -20,7 +20,7 @@ ROUNDS = 3
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import gc, sys
-from actors.image.builder import Build
+from actors.image.archives.builder import Build
 from actors.image.wire import BuildImage
 gc.disable()  # as the image builder's process does
 Build(BuildImage(*sys.argv[1:4])).run()
@@ -29,7 +29,7 @@ Build(BuildImage(*sys.argv[1:4])).run()
 RATE = 100
 RATE_PROGRAM = """
 import gc, resource, sys
-from actors.image.builder import Build
+from actors.image.archives.builder import Build
 from actors.image.wire import BuildImage
 from actors.lazytree.objects import Objects
 gc.disable()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from isal import igzip
 
-from actors.image.archive import Archive
+from actors.image.archives.archive import Archive
 from actors.lazytree.objects import Objects
 from tests.actors.image.images import directory, member, tar
 from tests.actors.image.proxy import Proxy

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from actors.image.archive import Archive
+from actors.image.archives.archive import Archive
 from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import ObjectTable

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.image.archive import Archive
-from actors.image.trace import load, workload_of, workloads
+from actors.image.archives.archive import Archive
+from actors.image.archives.trace import load, workload_of, workloads
 from tests.actors.image.images import RunningRegistry, directory, member, tar
 from tests.actors.image.proxy import Proxy
 from tests.actors.image.s3 import CREDENTIALS, RunningS3

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.image.login import Login
+from actors.image.registry.login import Login
 from tests.actors.image.images import RunningRegistry
 from tests.actors.image.proxy import Proxy, TokenGate
 from tests.node.conftest import busybox_layer

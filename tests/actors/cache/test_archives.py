@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from actors.cache.archives import evict, look
-from actors.image.archive import hold
+from actors.image.archives.archive import hold
 
 
 def archive(directory: Path, number: int, used_s: float, size: int = 1000) -> Path:

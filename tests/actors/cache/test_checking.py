@@ -12,14 +12,14 @@ import pytest
 
 from actors.cache.archives import source_of
 from actors.cache.checking import all_prefixes, check
-from actors.image.archive import Archive
-from actors.image.builder import Build
-from actors.image.content import decode_content
+from actors.image.archives.archive import Archive
+from actors.image.archives.builder import Build
+from actors.image.layers.content import decode_content
 from actors.image.wire import BuildImage, Built
 from actors.lazytree import trees
 from actors.lazytree.objects import Objects
 from tests.actors.image.images import RunningRegistry, member, tar
-from tests.actors.image.test_source import prose, sparse_layer
+from tests.actors.image.lazy.test_source import prose, sparse_layer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from actors.gateway.batch import LINE_BYTES_MAX, Batch, Lines, identified, refus
 from actors.gateway.client import Client
 from actors.gateway.messages import Accepted, Ended, Failed, Submit
 from actors.gateway.submitting import UsageError
-from actors.image.login import Login
+from actors.image.registry.login import Login
 from actors.settings import SandboxSection
 from tests.actors.gateway.scripted import Connection, ScriptedDaemon, result
 

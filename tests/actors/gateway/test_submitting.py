@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from actors.gateway.submitting import UsageError, environment, exit_code, login_in, specification
-from actors.image.login import Login
+from actors.image.registry.login import Login
 from actors.settings import SandboxSection
 from tests.actors.gateway.scripted import result
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from actors.image.process import serve
+from actors.image.archives.process import serve
 from actors.image.wire import BuildFailed, BuildImage, Built, Progress, Resolved, Shared
 from actors.lazytree.mounts import mount_erofs, mount_overlay, unmount
 from supervisor.channel import Channel, ChannelClosed

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from actors.image.login import Access, Login
+from actors.image.registry.login import Access, Login
 from actors.image.serve import serve
 from actors.image.wire import Completed, LoginFound, LoginWanted, ServeImage, Taken
 from actors.lazytree import mounts
@@ -30,7 +30,7 @@ from supervisor.channel import Channel, ChannelTimeout
 from supervisor.frames import Codec, Message
 from supervisor.isolation import Isolation
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
-from tests.actors.image.lazy import Image, damaged
+from tests.actors.image.lazy.image import Image, damaged
 from tests.actors.image.proxy import Proxy, TokenGate, silent, status, throttle
 from tests.actors.lazytree.harness import fork, fork_server, in_child, private_bytes
 

@@ -1,0 +1,138 @@
+"""Fetching all that is missing, behind what is read; from a real registry, through a proxy that counts and stalls."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from actors.image.lazy import filling
+from actors.image.lazy.filling import Filling
+from tests.actors.image.images import Repository, RunningRegistry, member, tar
+from tests.actors.image.lazy.image import Image, read, running
+from tests.actors.image.proxy import Proxy, status, throttle
+
+MIB = 1 << 20
+FILES = {f"file-{number}": random.Random(number).randbytes(size) for number, size in enumerate((9 * MIB, 300, 3 * MIB, 70_000))}
+MORE = {"more": random.Random(9).randbytes(2 * MIB + 5), "fifth": random.Random(10).randbytes(900)}
+
+
+@pytest.fixture(scope="module")
+def proxy(registry: RunningRegistry) -> Iterator[Proxy]:
+    with Proxy(registry.address) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def pushed(registry: RunningRegistry) -> Repository:
+    repository = registry.repository("filled")
+    repository.push(*(tar(*(member(name, content) for name, content in files.items())) for files in (FILES, MORE)))
+    return repository
+
+
+@pytest.fixture
+def image(tmp_path: Path, pushed: Repository, proxy: Proxy) -> Iterator[Image]:
+    proxy.behave()
+    opened = Image(tmp_path, pushed, proxy)
+    proxy.forget()
+    yield opened
+    proxy.behave()
+    opened.close()
+
+
+def size_of_layers(image: Image) -> int:
+    return sum(layer.size_bytes for layer in image.archive.info.layers)
+
+
+def missing(image: Image) -> list[str]:
+    keys = [image.table.row(index).key for index in range(len(image.table))]
+    return [key for key in keys if not image.objects.has(key)]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await trio.sleep(0.005)
+    raise TimeoutError
+
+
+def fill(image: Image, parallel: int = 2, bytes_per_s: int = 0, spool_bytes_max: int = 1 << 30) -> list[str]:
+    """Fill, and be the parent that publishes → what was said."""
+    whole: list[int] = []
+    said: list[str] = []
+    source = image.source(completed=whole.extend, spool_bytes_max=spool_bytes_max)
+
+    async def publish() -> None:
+        while True:
+            rows, whole[:] = list(whole), []
+            await source.taken(await trio.to_thread.run_sync(image.publish, *rows))
+            await trio.sleep(0.01)
+
+    async def all_of_it() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(publish)
+            await Filling(source, image.objects.descriptor, parallel, bytes_per_s, 0.0).run(said.append)
+            await until(lambda: said or not missing(image))
+            nursery.cancel_scope.cancel()
+
+    running(source, all_of_it)
+    return said
+
+
+def test_all_that_is_missing_is_fetched_once(image: Image) -> None:
+    assert fill(image) == []
+    assert missing(image) == []
+    assert size_of_layers(image) <= image.moved_bytes() + 2048 and image.moved_bytes() < 1.02 * size_of_layers(image) + 4096
+    image.proxy.forget()
+    assert fill(image) == []
+    assert image.moved_bytes() == 0
+
+
+def test_a_small_spool_is_enough(image: Image) -> None:
+    assert fill(image, parallel=1, spool_bytes_max=12 * MIB) == []
+    assert missing(image) == []
+
+
+def test_it_comes_no_faster_than_told(image: Image) -> None:
+    begun = time.monotonic()
+    assert fill(image, bytes_per_s=8 * MIB) == []
+    assert time.monotonic() - begun > 0.6 * size_of_layers(image) / (8 * MIB)
+
+
+def test_nothing_is_begun_while_a_read_waits(image: Image) -> None:
+    source = image.source()
+    image.proxy.on(image.archive.info.layers[1].digest, throttle(2 * MIB))
+    seen: list[int] = []
+
+    async def body() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, image, source, image.find(2 * MIB + 5))
+            await until(lambda: image.proxy.seen("/blobs/"))
+            nursery.start_soon(Filling(source, image.objects.descriptor, 2, 0, 0.0).run, seen.append)
+            await trio.sleep(0.3)
+            assert len({exchange.path for exchange in image.proxy.seen("/blobs/")}) == 1
+        assert len({exchange.path for exchange in image.proxy.seen("/blobs/")}) == 2
+
+    running(source, body)
+
+
+def test_a_disk_that_is_nearly_full_is_left_alone(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = os.fstatvfs(image.objects.descriptor)
+    monkeypatch.setattr(filling, "FREE_SHARE_MIN", disk.f_bavail / disk.f_blocks + 0.01)
+    assert fill(image) == ["not all of the image is fetched ahead: the disk is nearly full"]
+    assert image.moved_bytes() == 0
+
+
+def test_a_registry_that_refuses_is_said_once_and_ends_it(image: Image) -> None:
+    image.proxy.on("/blobs/", status(403))
+    [said] = fill(image)
+    assert "refuses" in said or "403" in said or "credentials" in said
+    image.proxy.behave()
+    assert fill(image) == []
+    assert missing(image) == []
