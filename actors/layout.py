@@ -50,6 +50,11 @@ class Layout:
         return self.run / "served"
 
     @property
+    def processes(self) -> Path:
+        """The locks of those isolated processes that are of use to nobody but the root supervisor that started them."""
+        return self.run / "processes"
+
+    @property
     def runtimes(self) -> Path:
         """What the OCI runtimes keep of their containers."""
         return self.run / "runtimes"

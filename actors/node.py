@@ -95,6 +95,8 @@ def main(argv_of: Callable[..., list[str]]) -> int:
     except SchemaTooNew as error:
         logger.error("{}", error)
         return EXIT_REFUSES
+    for left in services.isolation.end_orphans():
+        logger.error("{}", left)
     forget_another_boot(services)
     clean_up(services)
     services.recovered.await_tasks(*begun_tasks(services))
@@ -127,6 +129,7 @@ def gather(
         layout.workspaces,
         layout.run,
         layout.run / "tasks",
+        layout.processes,
         layout.runtimes,
         layout.served,
     ):
@@ -143,7 +146,7 @@ def gather(
         store=Store(str(layout.database), MIGRATIONS, reserve.release),
         reserve=reserve,
         descriptors=descriptors,
-        isolation=Isolation(str(layout.run / "forkserver.sock")),
+        isolation=Isolation(str(layout.run / "forkserver.sock"), layout.processes),
         watcher=watcher,
         processes=ProcessTable(),
         recovered=Recovered(),

@@ -53,7 +53,7 @@ class ArmedDaemon(Daemon):
         how = HANG if hangs else WITH_ITS_KEEPER if keeper else KILL
         (self.points / "new").write_text(json.dumps([task, points, how]))
         (self.points / "new").rename(self.points / "armed")
-        starter = threading.Thread(target=self._start_again, daemon=True)
+        starter = threading.Thread(target=self._start_again, args=(len(points),), daemon=True)
         if keeper:
             starter.start()
         yield
@@ -72,8 +72,8 @@ class ArmedDaemon(Daemon):
         """The points at which it was not killed yet."""
         return list(json.loads((self.points / "armed").read_text())[1])
 
-    def _start_again(self) -> None:
-        for _ in self.left():
+    def _start_again(self, times: int) -> None:
+        for _ in range(times):
             assert self._process is not None
             self._process.wait(PATIENCE_S)
             with open(self.log, "ab") as log:

@@ -122,15 +122,30 @@ def test_take_over_renews_the_daemon_under_a_running_task(daemon: Daemon, task: 
     assert not {daemon.pid, daemon.pid_of("root supervisor"), daemon.pid_of("fork server")} & set(old)
 
 
-def test_a_killed_image_builder_is_followed_by_another(tmp_path: Path, registry: RunningRegistry, daemon: Daemon) -> None:
+@pytest.fixture
+def slowly_built(registry: RunningRegistry) -> str:
+    """An image whose builder can be met."""
     repository = registry.repository("large")
     repository.push(
         tar(*(member(f"file-{number}", os.urandom(64 << 10)) for number in range(400))),
         tar(member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755)),
     )
-    task = daemon.submit(["/bin/busybox", "sh", "-c", "exit 5"], image=repository.reference())
+    return repository.reference()
+
+
+def test_a_killed_image_builder_is_followed_by_another(slowly_built: str, daemon: Daemon) -> None:
+    task = daemon.submit(["/bin/busybox", "sh", "-c", "exit 5"], image=slowly_built)
     os.kill(daemon.wait_pid("image builder"), signal.SIGKILL)
     assert daemon.result(task).exit_code == 5
+
+
+def test_a_hung_image_builder_does_not_outlive_its_root_supervisor(slowly_built: str, daemon: Daemon) -> None:
+    task = daemon.submit(["/bin/busybox", "sh", "-c", "exit 5"], image=slowly_built)
+    hung = daemon.wait_pid("image builder")
+    os.kill(hung, signal.SIGSTOP)
+    os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
+    assert daemon.result(task).exit_code == 5
+    assert hung not in daemon.processes()
 
 
 @pytest.mark.parametrize("name", ["output mover", "syncer", "workspace mount {task}"])

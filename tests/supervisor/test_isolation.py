@@ -223,3 +223,28 @@ def test_a_process_of_a_hundred_starts_is_as_small_as_the_first(start: Start) ->
         wait_for(process)
         process.close()
     assert opened_by(start("echo")) == first
+
+
+def test_a_stopped_process_of_a_dead_parent_is_ended_by_the_parents_successor(
+    tmp_path: Path, fork_server: subprocess.Popen[bytes]
+) -> None:
+    """One that hangs does not see that its channel is closed."""
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    isolation = Isolation(str(tmp_path / "forkserver.sock"), locks)
+    processes = [isolation.start("echo", f"{ENTRIES}:echo", Say("hello"), FROM_CHILD) for _ in range(3)]
+    for process in processes:
+        hear(process)
+    stopped, dead, ended = processes
+    stopped.signal(signal.SIGSTOP)
+    dead.signal(signal.SIGKILL)
+    wait_for(dead)
+    ended.signal(signal.SIGKILL)
+    wait_for(ended)
+    ended.close()
+    assert len(list(locks.iterdir())) == 2  # who was looked after to its end leaves none
+    assert Isolation(str(tmp_path / "forkserver.sock"), locks).end_orphans() == []
+    assert wait_for(stopped) == -signal.SIGKILL
+    assert list(locks.iterdir()) == []
+    for process in (stopped, dead):
+        process.close()
