@@ -1,4 +1,4 @@
-"""What runs while a storm rages: tasks on images that are cached, lazy or still to be built, each checked to the last byte.
+"""What runs while a storm rages: tasks on images that are cached, lazy, prefetched or still to be built, each checked to the last byte.
 
 A task reads its image and its workspace, of which most is not on the node when it starts; executes and so maps what it reads;
 writes, renames and removes; prints to both streams; and ends with a code of its own.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.gateway.messages import TaskResult
-from tests.actors.image.images import Repository, member, tar
+from tests.actors.image.images import Repository, hard_link, member, tar
 from tests.node.conftest import busybox_layer
 from tests.node.daemon import Daemon
 
@@ -24,15 +24,18 @@ ROUND = 20  # lines between two looks at files
 STORE_BYTES = 1 << 20
 IMAGE_BYTES = 1 << 20
 PROGRAMS = 4  # each another object
+SMALL_BYTES = 200 << 10  # of an image whose pack is made soon
+UNREAD_BYTES = 4 << 20  # in it: an image that is read whole is pulled whole, and not streamed
 CONMON_BYTES = 8192  # what a killed conmon may have had in its hands
 EXIT_CODE = 7
+# Of all tasks the same, or no two of one image were of one workload (`actors.image.archives.trace`).
 SCRIPT = f"""
 i=0
 while [ $i -lt {LINES} ]; do
   i=$((i+1)); echo out $i; echo err $i >&2
   if [ $((i % {ROUND})) = 0 ]; then
     r=$((i / {ROUND}))
-    [ "$(md5sum < big)" = "{{store}}  -" ] || echo WRONG content
+    [ "$(md5sum < big)" = "$STORE  -" ] || echo WRONG content
     [ "$(md5sum < /data/cold-$r)" = "$(head -n $r /data/sums | tail -n 1)  -" ] || echo WRONG image $r
     [ "$(/data/busybox-$((r % {PROGRAMS})) echo executed)" = executed ] || echo WRONG program $r
     echo $i >> written || echo WRONG write
@@ -54,17 +57,20 @@ class Images:
         self._count = 0
         self._base = busybox_layer()
 
-    def push(self) -> str:
+    def push(self, small: bool = False) -> str:
         """Push another image → its reference.  Its programs are mapped when they are executed."""
         self._count += 1
         busybox = Path("/bin/busybox").read_bytes()
-        cold = {number: self._chance.randbytes(IMAGE_BYTES // len(ROUNDS)) for number in ROUNDS}
+        size_bytes = SMALL_BYTES if small else IMAGE_BYTES
+        cold = {number: self._chance.randbytes(size_bytes // len(ROUNDS)) for number in ROUNDS}
         sums = "".join(hashlib.md5(content).hexdigest() + "\n" for content in cold.values())
         members = [member(f"data/cold-{number}", content) for number, content in cold.items()]
-        # Behind its last section a program may hold what it likes: another object, the same program.
-        members += [
-            member(f"data/busybox-{number}", busybox + self._chance.randbytes(16), mode=0o755) for number in range(PROGRAMS)
-        ]
+        for number in range(PROGRAMS):
+            # Behind its last section a program may hold what it likes: another object, the same program.
+            other = member(f"data/busybox-{number}", busybox + self._chance.randbytes(16), mode=0o755)
+            members.append(hard_link(f"data/busybox-{number}", "bin/busybox") if small else other)
+        if small:
+            members.append(member("data/unread", bytes(UNREAD_BYTES)))
         tag = str(self._count)
         self._repository.push(
             self._base, tar(member("data/sums", sums.encode()), *members), tag=tag, process={"Env": ["PATH=/bin"]}
@@ -84,8 +90,8 @@ class Broken(Exception):
     """An invariant of the fault model that did not hold."""
 
 
-def prepare(daemon: Daemon, name: str, chance: random.Random) -> str:
-    """Make the store of a task's workspace, of the task's own name → the task's script."""
+def prepare(daemon: Daemon, name: str, chance: random.Random) -> dict[str, str]:
+    """Make the store of a task's workspace, of the task's own name → the environment in which the task runs SCRIPT."""
     store = daemon.state / "workspaces" / name
     store.mkdir(mode=0o755)
     content = chance.randbytes(STORE_BYTES)
@@ -95,7 +101,7 @@ def prepare(daemon: Daemon, name: str, chance: random.Random) -> str:
         (store / f"gone-{number}").write_text("not for long")
     for path in (store, *store.iterdir()):
         os.chown(path, 1000, 1000)
-    return SCRIPT.format(store=hashlib.md5(content).hexdigest())
+    return {"STORE": hashlib.md5(content).hexdigest()}
 
 
 def check(daemon: Daemon, task: Task, result: TaskResult) -> None:

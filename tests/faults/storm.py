@@ -2,9 +2,9 @@
 
     python -m tests.faults.storm [--minutes 1] [--seed 1] [--kills 200 --pairs 200]     (`make soak MINUTES=10 SEED=7`)
 
-The seed gives the same faults in the same order.  With `--kills` it goes on until every kind was killed so often (image builders
-a quarter of it), and so many pairs.  Before it, the FUSE processes alone have `--fuse-seconds` of one of their own (`fuse_storm`).  The
-first invariant of `model` that does not hold ends it, with what was seen.
+The seed gives the same faults in the same order.  With `--kills` it goes on until every kind was killed so often (those that live for
+one piece of work a quarter of it), and so many pairs.  Before it, the FUSE processes alone have `--fuse-seconds` of one of their own
+(`fuse_storm`).  The first invariant of `model` that does not hold ends it, with what was seen.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from actors.gateway.messages import Ended, MountImage, Submit, UnmountImage, Wait
+from actors.gateway.client import Client
+from actors.gateway.messages import CheckStorage, Ended, MountImage, PruneStorage, Request, Submit, UnmountImage, Wait
+from actors.lazytree import ledger
+from actors.lazytree.objects import Objects
 from actors.node import LISTENER
 from supervisor.channel import Channel, ChannelClosed
 from supervisor.keeping import FROM_KEEPER, AskState
@@ -33,18 +37,22 @@ from tests.faults import load, victims
 from tests.faults.fuse_storm import fuse_storm
 from tests.faults.load import Broken, Images, Task
 from tests.faults.victims import SIGNALS, Fault, Process
-from tests.node.daemon import Daemon, running
+from tests.node.daemon import Daemon, name_of, running
 
 TASKS = 4  # at once
 PAIR_S = 0.05  # between the two strikes of a pair, at most
 PAUSE_S = 0.2  # between two strikes, at most
 AIM_S = 0.1  # how long a runtime that is to die is waited for
+BRIEF_S = 1.0  # and a process that lives for one piece of work
 HANG_SHARE, PAIR_SHARE, WAIT_SHARE = 0.1, 0.25, 0.3
-BUILDER_SHARE = 0.25
+BRIEF_SHARE = 0.25
+SMALL_IMAGES = 3
+CACHE_BYTES = 40 << 20  # of images there are more, so that something is evicted now and then
 TELL_S = 60.0  # between two lines on how far it is
 TASK_S = 180.0  # that a task may take in all of it
 # Those that nothing else can be said of than that they must be there again; the others live as long as their task or image.
 RETURNING = ("keeper", victims.ROOT, "fork server", "output mover", "syncer")
+STANDING = {*RETURNING, "spare"}  # of a daemon that has nothing to do; `python` is what the root supervisor calls itself
 
 # A runtime lives for milliseconds: the program in its place has itself struck, when told to, and then is the runtime.
 RUNTIME = """#!/bin/sh
@@ -69,7 +77,7 @@ class Goal:
     pairs: int = 0
 
     def of(self, kind: str) -> int:
-        return int(self.kills * BUILDER_SHARE) if kind == "image builder" else self.kills
+        return int(self.kills * BRIEF_SHARE) if kind in victims.BRIEF else self.kills
 
 
 @dataclass
@@ -109,6 +117,7 @@ class Storm:
         self._running: list[Task] = []
         self._count = 0
         self._lazy = ""
+        self._small: list[str] = []
         self._server_s = -victims.AWAY_S  # when a mount's server was struck last
         self._ordered: dict[str, Fault] = {}  # of runtimes that were not called yet
         self.tally = Tally()
@@ -133,27 +142,39 @@ class Storm:
             self._check_ended(wait=True)
         if self._daemon.tree()["pid"] != self._daemon.pid:
             self._daemon.start()  # a stand-in keeps it, whose end nobody would wait for
+        self._await_rest()
 
     def _submit(self) -> None:
         self._count += 1
         name = f"storm-{self._count}"
-        script = load.prepare(self._daemon, name, self._chance)
+        environment = load.prepare(self._daemon, name, self._chance)
         runtime = "runc" if self._count % 3 == 0 else "crun"
-        spec = self._daemon.spec(script, workspace=name, image=self._image(), runtime=runtime)
+        spec = self._daemon.spec(load.SCRIPT, env=environment, workspace=name, image=self._image(), runtime=runtime)
         client = self._daemon.client
         client.ask(Submit(client.number(), name, spec, wait=False), timeout_s=60)
         self._running.append(Task(name))
 
     def _image(self) -> str:
-        """Of four tasks one needs a builder; the others share an image whose archive another daemon has made: it loads lazily."""
+        """Of four tasks one needs a builder; the others have images whose archives another daemon has made: they load lazily.
+
+        Some of these come again and again, and what of them has been evicted comes by their packs.
+        """
         if self._count % 4 == 0:
             return self._images.push()
+        if self._count % 4 == 3:
+            if len(self._small) < SMALL_IMAGES:
+                self._small.append(self._push_archived(small=True))
+            return self._chance.choice(self._small)
         if self._count % 8 == 1:
-            self._lazy = self._images.push()
-            client = self._archivist.client
-            mounted = client.ask(MountImage(client.number(), self._lazy), timeout_s=60)
-            client.ask(UnmountImage(client.number(), mounted.lease), timeout_s=60)
+            self._lazy = self._push_archived()
         return self._lazy
+
+    def _push_archived(self, small: bool = False) -> str:
+        image = self._images.push(small)
+        client = self._archivist.client
+        mounted = client.ask(MountImage(client.number(), image), timeout_s=60)
+        client.ask(UnmountImage(client.number(), mounted.lease), timeout_s=60)
+        return image
 
     def _check_ended(self, wait: bool) -> None:
         client = self._daemon.client
@@ -186,6 +207,8 @@ class Storm:
         fragile = any(task.conmon_struck for task in self._running) or time.monotonic() - self._server_s < victims.AWAY_S
         if not victims.allowed(kinds, fragile, self._await_holders):
             return
+        for kind in kinds:
+            self._order(kind)
         struck = []
         for kind in kinds:
             if struck:
@@ -203,11 +226,28 @@ class Storm:
         if len(struck) == 1 and self._chance.random() < WAIT_SHARE:
             self._await(struck[0])
 
+    def _order(self, kind: str) -> None:
+        """Ask for what an evictor or a checker does, as an administrator may at any time, and wait until one is there."""
+        requests: dict[str, Request] = {
+            "evictor": PruneStorage(1, self._chance.randrange(CACHE_BYTES)),
+            "checker": CheckStorage(1),
+        }
+        if kind not in requests:
+            return
+        with Client(self._daemon.run_dir) as client:
+            client.send(requests[kind])
+            deadline = time.monotonic() + BRIEF_S
+            while not self._find(kind) and time.monotonic() < deadline:
+                pass  # looking takes long enough
+
+    def _find(self, kind: str) -> list[Process]:
+        return [process for process in victims.find(self._daemon.state) if process.kind == kind]
+
     def _hit(self, kind: str, fault: Fault) -> bool:
         """Strike a process of that kind → whether there was one."""
         if kind in victims.RUNTIMES:
             return self._hit_runtime(kind, fault)
-        found = [process for process in victims.find(self._daemon.state) if process.kind == kind]
+        found = self._find(kind)
         if not found:
             return False  # not begun, ended, or being replaced
         victim = self._chance.choice(sorted(found, key=lambda process: process.pid))
@@ -289,6 +329,34 @@ class Storm:
                 raise Broken(f"{kind} (it was {victim.pid}) does not come back")
         self.tally.away_s.setdefault(kind, []).append(time.monotonic() - self._struck_s)
 
+    # --- what is left ---
+
+    def _await_rest(self) -> None:
+        """Wait until the daemon has nothing to do: then nothing is held or kept for anybody, and the accounts are right."""
+        deadline = time.monotonic() + TASK_S
+        while left := self._left():
+            if time.monotonic() > deadline:
+                raise Broken(f"the daemon has nothing to do, and there is still: {left}")
+        with closing(Objects(os.fspath(self._daemon.state / "images/cache"))) as objects:
+            with ExitStack() as stack:
+                # What a holder that was killed was at is found out by the next one: of each.
+                for _ in (self._daemon.state / "images/cache/ledgers").iterdir():
+                    stack.enter_context(closing(ledger.Ledger(objects.descriptor)))
+            found = ledger.sum_of(objects.descriptor).used_bytes - ledger.unlinked_bytes(objects.descriptor)
+        there = sum(ledger.taken_bytes(path.stat()) for path in (self._daemon.state / "images/cache").glob("??/*"))
+        if not found == there <= CACHE_BYTES:
+            raise Broken(f"objects take {there} bytes, their accounts say {found}, and there may be {CACHE_BYTES}")
+        # What writers that were killed have left half written is removed by the next one.
+        self._push_archived()
+        if half_written := list(Path(self._daemon.environment["AERIE_IMAGE_ARCHIVE_DIR"]).glob(".*")):
+            raise Broken(f"left beside the archives: {half_written}")
+
+    def _left(self) -> list[str]:
+        names = [name_of(pid) for pid in self._daemon.processes()]
+        left = [f"process {name}" for name in names if name and not any(name == known[:15] for known in (*STANDING, "python"))]
+        left += [f"held {name}" for name in self._held() if name != LISTENER]
+        return left + [f"hold {path.name}" for path in (self._daemon.state / "images/cache/holds").iterdir()]
+
 
 def storm(home: Path, registry: RunningRegistry, goal: Goal, seed: int) -> Tally:
     """Run one in the directory `home`; raises Broken, or AssertionError for what is left behind."""
@@ -300,9 +368,14 @@ def storm(home: Path, registry: RunningRegistry, goal: Goal, seed: int) -> Tally
         (programs / name).chmod(0o755)
     images = Images(registry.repository("storm"), random.Random(seed))
     shared = {"AERIE_IMAGE_ARCHIVE_DIR": str(home / "archives"), "AERIE_IMAGE_IDLE_UNMOUNT": "1s"}
-    shared["AERIE_MOUNT_SYNC_INTERVAL"] = "500ms"  # kills meet syncs of running tasks
-    path = f"{programs}:{os.environ['PATH']}"
-    with running(home / "archivist", "", **shared) as archivist, running(home / "node", "", **shared, PATH=path) as daemon:
+    node = {
+        "AERIE_MOUNT_SYNC_INTERVAL": "500ms",  # kills meet syncs of running tasks
+        "AERIE_IMAGE_PREFETCH": "trace",
+        "AERIE_IMAGE_CACHE_MAX": str(CACHE_BYTES),
+        "AERIE_IMAGE_FREE_MIN": "0",
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }
+    with running(home / "archivist", "", **shared) as archivist, running(home / "node", "", **shared, **node) as daemon:
         current = Storm(daemon, archivist, images, orders, seed)
         try:
             current.run(goal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from actors.gateway.messages import CheckStorage, PruneStorage, Request
 from actors.output.follower import Follower
 from tests.actors.image.images import RunningRegistry, member, tar
+from tests.faults import victims
 from tests.node.daemon import Daemon, running
 
 LINES = 300
@@ -213,6 +216,41 @@ def test_a_runtime_killed_at_its_work_costs_the_task_nothing(
         assert daemon.leavings() == []
     # What was killed at its work may have done it all the same.
     assert len(calls.read_text().splitlines()) >= (3 if moment == "before it acts" else 1)
+
+
+def test_processes_that_do_one_piece_of_work_do_not_outlive_a_root_supervisor_even_when_they_are_stopped(
+    tmp_path: Path, registry: RunningRegistry, image: str
+) -> None:
+    """A stopped one does not see that nobody listens any more."""
+    repository = registry.repository("stopped")
+    for tag in ("known", "new"):
+        files = [member(f"file-{number}", os.urandom(64 << 10)) for number in range(200)]
+        repository.push(tar(*files), tar(member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755)), tag=tag)
+    command = ["/bin/busybox", "sh", "-c", "exit 5"]
+    with running(tmp_path, image, AERIE_IMAGE_PREFETCH="trace") as daemon:
+        stopped: set[int] = set()
+
+        def stop(kind: str, *requests: Request) -> None:
+            """Stop one as soon as it is there; while it is not, ask for what it does, again and again."""
+            deadline = time.monotonic() + 30
+            while not (found := [process.pid for process in victims.find(daemon.state) if process.kind == kind]):
+                assert time.monotonic() < deadline
+                for request in requests:
+                    daemon.client.send(request)
+            os.kill(found[0], signal.SIGSTOP)
+            stopped.add(found[0])
+
+        with open(daemon.state / "images/cache/evicting", "a") as evicting:
+            fcntl.flock(evicting, fcntl.LOCK_EX)  # as another daemon's evictor would have it
+            stop("evictor", PruneStorage(daemon.client.number(), 0))
+        assert daemon.run(command, image=repository.reference("known")).exit_code == 5
+        stop("image prefetcher")  # for that task was recorded
+        stop("checker", CheckStorage(daemon.client.number()))
+        task = daemon.submit(command, image=repository.reference("new"))
+        stop("image builder")
+        os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
+        assert daemon.result(task).exit_code == 5
+        assert not stopped & {process.pid for process in victims.find(daemon.state)}
 
 
 WAITING = "echo begun; until [ -e go ]; do sleep 0.02; done; cat small other && exit 7"

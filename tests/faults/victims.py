@@ -22,12 +22,21 @@ COMMS: Final = {
     "image mount": "image mount",
     "workspace mount": "workspace mount",
     "image builder": "image builder",
+    "image prefetcher": "image prefetcher",
+    "evictor": "evictor",
+    "checker": "checker",
     "output mover": "output mover",
     "syncer": "syncer",
     "conmon": "conmon",
 }
 ROOT: Final = "root supervisor"
 VERBS: Final = ("create", "delete")  # crun and runc are started without executing them (`actors.sandbox.gate`)
+BRIEF: Final = (
+    "image builder",
+    "image prefetcher",
+    "evictor",
+    "checker",
+)  # live for one piece of work, and only when there is some
 RUNTIMES: Final = tuple(f"runtime at {verb}" for verb in VERBS)
 KINDS: Final = (*COMMS, ROOT, *RUNTIMES)
 HOLDERS: Final = frozenset({"keeper", ROOT})
