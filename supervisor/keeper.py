@@ -172,7 +172,10 @@ class Keeper:
                 # It may have said Hello before the drain began, to which another one was told that had not got its place.
                 part.signal(signal.SIGTERM)
         self._renew = False
-        if self._draining and now > self._drain_deadline:
+        if self._draining and not self._root.running and not self._plan.directory.exists():
+            say(f"{self._plan.directory} is gone, and no root supervisor can be started to go on with the drain")
+            self._finish(EXIT_FAILED)
+        elif self._draining and now > self._drain_deadline:
             say("the drain takes too long: the root supervisor is killed, and started again to go on with it")
             self._drain_deadline = now + START_S + self._plan.drain_timeout_s
             self._root.signal(signal.SIGKILL)

@@ -59,7 +59,9 @@ class Part:
 
     def look(self, now_s: float) -> bool:
         """See to it that it ends when it hangs; to be called every `pulse.LOOK_S` → whether it was found to."""
-        number = self._pulse.look(sign_of(self._lock), now_s) if self.running else None
+        if not self.running or not self._lock.parent.exists():
+            return False  # somebody has deleted the directory: it has no place for a sign of life
+        number = self._pulse.look(sign_of(self._lock), now_s)
         if number is not None:
             self.signal(number)
         return number is not None

@@ -27,8 +27,9 @@ class Leases:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def all(self) -> dict[str, str]:
-        """The digest of each lease's image."""
-        return {unquote(name): os.readlink(self._directory / name) for name in os.listdir(self._directory)}
+        """The digest of each lease's image; none when somebody has deleted the directory."""
+        names = os.listdir(self._directory) if self._directory.exists() else []
+        return {unquote(name): os.readlink(self._directory / name) for name in names}
 
     def has(self, lease: str) -> bool:
         return os.path.lexists(self._path(lease))

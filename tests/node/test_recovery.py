@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from actors.lazytree import mounts
+from supervisor.keeper import EXIT_FAILED
 from tests.node.daemon import PROGRAM, Daemon, name_of, running
 from tests.node.test_tasks import stop, wait_for_output
 
@@ -235,3 +236,22 @@ def test_a_stop_in_the_queue_that_cannot_be_recorded_is_recorded_when_it_can(tmp
         assert json.loads(stdout)["error"] == "stopped before it was started" and asked.returncode == 0
         assert stop(daemon, first).exit_code == 9
         daemon.wait_released()
+
+
+@pytest.mark.parametrize("root_supervisor_is_killed", [False, True])
+def test_a_daemon_whose_run_directory_somebody_has_deleted_ends_when_it_is_told_to(
+    tmp_path: Path, image: str, root_supervisor_is_killed: bool
+) -> None:
+    daemon = Daemon(tmp_path, image)
+    daemon.start()
+    if not root_supervisor_is_killed:  # an image is mounted there, which cannot be deleted
+        daemon.run("true")
+        daemon.wait_released()
+    root = daemon.pid_of("root supervisor")
+    daemon.close_client()
+    shutil.rmtree(daemon.run_dir, ignore_errors=True)
+    if root_supervisor_is_killed:  # nobody can be started in its place
+        os.kill(root, signal.SIGKILL)
+    assert daemon.stop() == (EXIT_FAILED if root_supervisor_is_killed else 0), daemon.log.read_text()
+    eventually(lambda: not daemon.processes())
+    assert not mounts.mounts_below(str(tmp_path))

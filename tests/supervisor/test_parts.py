@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from supervisor.lockfile import holder_of
 from supervisor.parts import BACKOFF_S, Part, how
+from supervisor.pulse import BEGIN_S
 
 HOLDS_LOCK = (
     "import sys, time; from pathlib import Path; from supervisor.lockfile import LockFile\n"
@@ -99,3 +101,18 @@ def test_a_part_is_stopped_and_killed_when_that_takes_too_long(tmp_path: Path, i
 
 def test_how_it_ended_is_said_in_words() -> None:
     assert [how(code) for code in (0, 3, -9, None)] == ["exit code 0", "exit code 3", "killed by signal 9", "how is not known"]
+
+
+def test_a_part_whose_directory_somebody_has_deleted_does_not_hang_for_that(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    part = Part("part", directory / "lock", ["/bin/sleep", "60"])
+    part.start()
+    try:
+        shutil.rmtree(directory)
+        began_s = time.monotonic()
+        assert not any(part.look(began_s + second) for second in range(int(2 * BEGIN_S)))
+    finally:
+        part.signal(signal.SIGKILL)
+        wait_for(part)
+        part.ended()
