@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 from loguru import logger
 
-from actors.cache.actor import CHECKER, EVICTOR
-from actors.image.archives.building import BUILDER
-from actors.image.prefetch.prefetching import PREFETCHER
-from actors.layout import Layout, TaskLayout
+from actors.layout import TaskLayout
 from actors.lazytree import mounts, trees
 from actors.lazytree.objects import Objects
 from actors.lazytree.trees import Trees
@@ -19,7 +16,7 @@ from actors.mount.actor import hold_name
 from actors.mount.syncer import waits_for_later
 from actors.removal import Removal
 from actors.sandbox.host import SandboxHost
-from actors.sandbox.orphans import clean_orphans, end, ours
+from actors.sandbox.orphans import clean_orphans
 from actors.services import Services
 
 COUNT_S = 60.0  # for another daemon that is at the same
@@ -81,27 +78,12 @@ def clean_up(services: Services) -> None:
     attempts = dict(store.read("SELECT task, attempt FROM tasks WHERE released = 0"))
     known = {task for (task,) in store.read("SELECT task FROM tasks")}
     living = {f"{task}.{number}" for task, number in attempts.items()}
-    recovered.cleaned("process", end_forsaken(layout))
     for kind, count in clean_orphans(services, SandboxHost(layout), living).items():
         recovered.cleaned(kind, count)
     for task in layout.known_tasks() - attempts.keys():
         recovered.cleaned("mount", unmount_all(layout.task(task)))
         recovered.cleaned("directory", remove_all(layout.task(task), task in known, services.removal))
     sweep_holds(services, set(attempts))
-
-
-def end_forsaken(layout: Layout) -> int:
-    """End the processes that did one piece of work for a root supervisor that is dead → how many there were.
-
-    They end by themselves when they find that nobody listens; one that is stopped finds nothing, and would keep its locks for ever.
-    """
-    names = {name[:15] for name in (BUILDER, CHECKER, EVICTOR, PREFETCHER)}  # as the kernel has them
-    found = 0
-    for process in ours(layout):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if (process / "comm").read_text().rstrip("\n") in names:
-                found += end(int(process.name))
-    return found
 
 
 def sweep_holds(services: Services, tasks: set[str]) -> None:

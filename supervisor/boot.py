@@ -58,11 +58,12 @@ def leave_fork_server(keep: list[int]) -> None:
 def run_entry(request: Fork, end: int, descriptors: list[int]) -> None:
     """Become the process asked for, whose life is one call of its entry ("package.module:function")."""
     global _place
+    if request.lock:
+        # Of two processes that two starters started in place of one (the keeper and the root supervisor, say), or that nobody knows
+        # of any more, one is ended here, and is dead before the other one touches what they would share.  Before all else: one that
+        # is stopped without its lock would be found by nobody.
+        _place = take_place(Path(request.lock))
     name_process(request.name)
     module, _, function = request.entry.partition(":")
     serve = getattr(importlib.import_module(module), function)
-    if request.lock:
-        # Of two processes that two starters started in place of one (the keeper and the root supervisor, say), or that nobody knows
-        # of any more, one is ended here, and is dead before the other one touches what they would share.
-        _place = take_place(Path(request.lock))
     serve(socket.socket(fileno=end), descriptors, request.arguments)
