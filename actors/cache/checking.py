@@ -21,9 +21,8 @@ from typing import BinaryIO, cast
 from actors.cache.archives import SUFFIX
 from actors.image.archives.archive import Archive
 from actors.image.errors import ArchiveInvalid, ContentCorrupt, ImageError
-from actors.image.layers.checkpoints import Spans
+from actors.image.layers.checkpoints import Spans, decompressed
 from actors.image.layers.content import LayerContent, copy_content, decode_content, stored_bytes
-from actors.image.layers.stream import decompress_from
 from actors.image.registry.mirrors import mirrors_of
 from actors.image.registry.reference import Reference
 from actors.image.registry.repository import Registry
@@ -193,10 +192,10 @@ def _fetched(registry: Registry, digest: str, spans: Spans, row: Row, content: L
     for number in range(first, last + 1, RUN_SPANS):
         span = spans.run(content.layer, number, min(last, number + RUN_SPANS - 1))
         pieces = registry.stream_range(digest, span.first, span.stop - span.first, timeout_s=FETCH_S)
-        blocks = pieces if span.checkpoint is None else decompress_from(span.checkpoint, pieces)
         at = span.begin
-        for block in blocks:
-            yield block[max(0, begin - at) : max(0, min(end, span.end) - at)]
+        for block in decompressed(span, pieces):
+            if part := block[max(0, begin - at) : max(0, min(end, span.end) - at)]:
+                yield part
             at += len(block)
 
 

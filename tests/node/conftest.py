@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.actors.image.images import RunningRegistry, directory, member, symlink, tar
+from tests.actors.image.images import Member, RunningRegistry, directory, member, symlink, tar
 from tests.node.daemon import Daemon, running
 
 APPLETS = (
@@ -17,10 +17,14 @@ APPLETS = (
 
 
 def busybox_layer() -> bytes:
+    return tar(*busybox_members())
+
+
+def busybox_members() -> list[Member]:
     links = [symlink(f"bin/{name}", "busybox") for name in APPLETS.split()]
     etc = [directory("etc"), member("etc/passwd", b"root:x:0:0::/:/bin/sh\n"), member("etc/data", bytes(range(256)) * 4000)]
     folders = [directory(name) for name in ("bin", "proc", "sys", "dev", "tmp")]
-    return tar(*folders, member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755), *links, *etc)
+    return [*folders, member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755), *links, *etc]
 
 
 @pytest.fixture(scope="session")

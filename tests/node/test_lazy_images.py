@@ -24,11 +24,12 @@ from zlib_ng import zlib_ng
 from actors.gateway.messages import Stop
 from actors.lazytree.mounts import Mount, mounts_below
 from actors.lazytree.objects import Objects
-from tests.actors.image.images import RunningRegistry, directory, member, tar
+from tests.actors.image.images import RunningRegistry, directory, hard_link, member, tar
+from tests.actors.image.layers.tables import estargz, images, zstd_chunked
 from tests.actors.image.proxy import Proxy, silent, status, throttle
 from tests.actors.lazytree.harness import fork, in_child, private_bytes, wait_in_time
 from tests.actors.lazytree.test_bounds import queued, wait_for
-from tests.node.conftest import busybox_layer
+from tests.node.conftest import busybox_layer, busybox_members
 from tests.node.daemon import Daemon, running
 
 MIB = 1 << 20
@@ -126,6 +127,36 @@ def test_a_task_that_touches_a_hundredth_moves_less_than_a_tenth(tmp_path: Path,
         assert out(daemon, "cat /data/7 /data/42 | md5sum").split()[0] == md5(7, 42)
         assert moved(big) < big.bytes / 10
         assert f"image mount {big.reference}" in processes(daemon)
+
+
+def test_an_image_with_tables_of_contents_is_not_downloaded_to_be_known(
+    tmp_path: Path, registry: RunningRegistry, proxy: Proxy
+) -> None:
+    """Not even the first time, by a node that has no archive of it."""
+    large = b"".join(content(1000 + number) for number in range(8))
+    layers = [
+        zstd_chunked(*busybox_members()),
+        estargz(
+            directory("data"), *(member(f"data/{number}", content(number)) for number in range(20)), member("large", large)
+        ),
+        estargz(member("data/.wh.3"), hard_link("linked", "large"), chunk_bytes=64 << 10),
+    ]
+    repository = registry.repository("tabled")
+    repository.push(*(layer.tar for layer in layers), tag="1", process={"Env": ["PATH=/bin"]}, **images(layers))
+    proxy.behave()
+    proxy.forget()
+    with running(tmp_path, f"{proxy.address}/tabled:1") as daemon:
+        assert out(daemon, "cat /data/7 /data/12 | md5sum; ls /data | wc -l; stat -c %h /linked").split() == [
+            md5(7, 12),
+            "-",
+            "19",
+            "2",
+        ]
+        assert proxy.body_bytes(BLOBS) < 8 * MIB
+        assert (
+            out(daemon, "cat /linked /data/4 /bin/busybox | md5sum").split()[0]
+            == hashlib.md5(large + content(4) + Path("/bin/busybox").read_bytes()).hexdigest()
+        )
 
 
 def test_a_few_bytes_from_the_middle_of_a_large_file_move_little(tmp_path: Path, big: Big) -> None:

@@ -7,8 +7,8 @@
     the end     the footer: magic, version, place and length of each section, sha256 of all bytes before that
 
 The directory of archives may be shared by several daemons, on one node or many.  An archive appears whole (written
-beside, renamed into place), and whoever writes one for the same digest writes an equal one, or one that differs in
-`reference` only.
+beside, renamed into place), and whoever writes one of the same edition for the same digest writes an equal one, or one that differs
+in `reference` only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from actors.image.layers.checkpoints import Checkpoints, CorruptSpans, Spans
 from actors.lazytree import erofs
 from actors.lazytree.table import CorruptTable, ObjectTable, Row, write_table
 
-VERSION = 3  # 1 had no checkpoints, 2 larger chunks
+VERSION = 4  # 1 had no checkpoints, 2 larger chunks, 3 no frames (`checkpoints`)
+VERSION_WITHOUT_FRAMES = 3  # is read, and written for what has none: older daemons with the same directory read it
 _MAGIC = b"AERIEIMG"
 _FOOTER = struct.Struct("<8sI4xQQQQQQQ")  # magic, version, length of META; offset and length of table, spans and info
 _VERSION = struct.Struct("<8sI4x")
@@ -56,7 +57,8 @@ class LayerInfo(msgspec.Struct, frozen=True):
 class ImageInfo(msgspec.Struct, frozen=True):
     """What there is to know of an image besides its tree: where it came from, and how its config wants a task started.
 
-    `unpacked_bytes` is the content of all its objects, holes not counted.
+    `unpacked_bytes` is the content of all its objects, holes not counted.  `edition` tells archives of one image apart that differ
+    in their tables of objects, or in how these are cut: it says what was made otherwise than by reading all layers (`builder`).
     """
 
     reference: str
@@ -69,6 +71,12 @@ class ImageInfo(msgspec.Struct, frozen=True):
     user: str
     objects: int
     unpacked_bytes: int
+    edition: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What numbers of objects and of their chunks belong to: the image's digest, for an archive that was made by reading all layers."""
+        return f"sha256:{hashlib.sha256((self.digest + self.edition).encode()).hexdigest()}" if self.edition else self.digest
 
 
 def archive_path(directory: str, digest: str) -> str:
@@ -104,7 +112,7 @@ class Archive:
                     magic, version = _MAGIC, old
             if magic != _MAGIC:
                 raise ArchiveInvalid(f"{path}: not an image's archive, or not all of one")
-            if version != VERSION:
+            if version not in (VERSION, VERSION_WITHOUT_FRAMES):
                 raise ArchiveInvalid(f"{path}: an archive of version {version}; this daemon reads version {VERSION}")
             if not checked and file.read() != _digest(file, end):
                 raise ArchiveInvalid(f"{path}: the archive is damaged (its checksum is another)")
@@ -248,7 +256,7 @@ def _write_sections(file: BinaryIO, root: erofs.Node, rows: Iterable[Row], check
     encoded = msgspec.msgpack.encode(info)
     file.write(encoded)
     places = (table_offset, table_length, spans_offset, spans_length, info_offset, len(encoded))
-    file.write(_FOOTER.pack(_MAGIC, VERSION, meta_length, *places))
+    file.write(_FOOTER.pack(_MAGIC, VERSION if checkpoints.has_frames else VERSION_WITHOUT_FRAMES, meta_length, *places))
     file.flush()
     file.write(_digest(file, info_offset + len(encoded) + _FOOTER.size))
     file.flush()

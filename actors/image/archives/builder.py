@@ -1,5 +1,8 @@
 """Building an image: from the registry's layers to an archive and its objects, in one pass over each layer.
 
+A layer for whose table of contents the manifest vouches is not even read, if the image's content may be missing: what the table says is
+what reading it would say (`tabled`), and its objects are fetched when they are read.
+
 The order makes it safe to be killed at any instruction: objects appear whole; they are made durable, all at once,
 before the archive that counts on them is renamed into place.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -19,7 +23,9 @@ from actors.image.layers.content import Contents
 from actors.image.layers.download import Download
 from actors.image.layers.overlaying import LayeredTree, is_whiteout
 from actors.image.layers.stream import Budget, LayerStream, Verified, decompress
+from actors.image.layers.tabled import TabledLayer, has_table, read_table
 from actors.image.layers.tar import entries
+from actors.image.layers.toc import TocUnusable
 from actors.image.registry.manifests import ConfigDocument, Manifest, Platform, ProcessConfig
 from actors.image.registry.reference import Reference
 from actors.image.registry.repository import Registry
@@ -122,14 +128,42 @@ class Build:
         return None
 
     def _build_trusting(self, registry: Registry, digest: str, platform: Platform, objects: Objects) -> Built:
-        """Build it, from the registry alone if what came from a mirror was damaged."""
+        """Build it: without tables of contents if they lead to nothing, from the registry alone if what came from a mirror was damaged."""
+        manifest = self._manifest = registry.manifest(digest)
+        tables = self._read_tables(registry, manifest) if self._order.lazy else {}
+        if tables:
+            try:
+                return self._build(registry, digest, platform, objects, tables)
+            except (ContentCorrupt, LayerUnsafe, Unsupported) as error:
+                self._say(f"tables of contents are not used: {error}")
+                self._begin_anew()
         try:
-            return self._build(registry, digest, platform, objects)
+            return self._build(registry, digest, platform, objects, {})
         except ContentCorrupt:
             if not registry.distrust_mirrors():
                 raise
-            self._budget, self._read_bytes = self._new_budget(), 0
-            return self._build(registry, digest, platform, objects)
+            self._begin_anew()
+            return self._build(registry, digest, platform, objects, {})
+
+    def _begin_anew(self) -> None:
+        self._budget, self._read_bytes = self._new_budget(), 0
+
+    def _read_tables(self, registry: Registry, manifest: Manifest) -> dict[int, TabledLayer]:
+        """The layers that need not be read, by number.  Before any is read: it is the registry's only user then."""
+        self._phase = "reading layers"
+        tables = {}
+        for number, layer in enumerate(manifest.layers):
+            if has_table(layer):
+                self._layer = number + 1
+                try:
+                    tables[number] = read_table(registry, layer, self._budget)
+                    self._read_bytes += tables[number].fetched_bytes
+                except TocUnusable as error:
+                    self._say(f"layer {self._layer} of {len(manifest.layers)} is read as a whole: {error}")
+        return tables
+
+    def _say(self, text: str) -> None:
+        print(f"{self._order.reference}: {text}", file=sys.stderr, flush=True)
 
     def _find(self, digest: str, objects: Objects) -> Resolved | Built | None:
         """The image if it is here already, archive and (unless it is mounted lazily) every object; None when something is to be done."""
@@ -150,19 +184,25 @@ class Build:
             objects.sync()  # another builder may have published them this very moment
         return Built(digest, archive.path, archive.info.objects, archive.info.unpacked_bytes, 0, complete)
 
-    def _build(self, registry: Registry, digest: str, platform: Platform, objects: Objects) -> Built:
-        manifest = self._manifest = registry.manifest(digest)
+    def _build(
+        self, registry: Registry, digest: str, platform: Platform, objects: Objects, tables: dict[int, TabledLayer]
+    ) -> Built:
+        manifest = registry.manifest(digest)
         config = registry.config(manifest, platform)
+        edition = "".join(f"toc {number};" for number in tables)
         self._phase = "reading layers"
         with (
             contextlib.closing(Checkpoints(self._order.archive_dir)) as checkpoints,
-            Download(registry, manifest.layers) as download,
+            Download(registry, [layer for number, layer in enumerate(manifest.layers) if number not in tables]) as download,
         ):
             tree, contents = LayeredTree(self._budget), Contents(objects)
             for number, (layer, diff_id) in enumerate(zip(manifest.layers, config.rootfs.diff_ids, strict=True)):
                 self._layer = number + 1
-                blob = Verified(download.next_layer(), layer)
                 try:
+                    if number in tables:
+                        _take_table(tables.pop(number), layer.size, number, tree, contents, checkpoints)
+                        continue
+                    blob = Verified(download.next_layer(), layer)
                     self._read_layer(blob, number, diff_id, tree, contents, checkpoints)
                 except (ContentCorrupt, LayerUnsafe, Unsupported) as error:
                     raise type(error)(f"{registry.reference}, layer {self._layer} of {len(manifest.layers)}: {error}") from None
@@ -173,7 +213,7 @@ class Build:
             keys = _keys(tree.root)
             rows = [row for key, row in contents.rows.items() if key in keys]
             unpacked_bytes = sum(row.size_bytes - contents.hole_bytes.get(row.key, 0) for row in rows)
-            info = _describe(registry.reference, digest, manifest, config, len(rows), unpacked_bytes)
+            info = _describe(registry.reference, digest, manifest, config, len(rows), unpacked_bytes, edition)
             try:
                 path = write_archive(self._order.archive_dir, tree.root, rows, checkpoints, info)
             except ValueError as error:
@@ -205,6 +245,23 @@ class Build:
             yield piece
 
 
+def _take_table(
+    table: TabledLayer, layer_bytes: int, number: int, tree: LayeredTree, contents: Contents, checkpoints: Checkpoints
+) -> None:
+    """A layer, as its table of contents says."""
+    tree.begin_layer()
+    for entry, key, chunks in ((listed.entry, listed.key, listed.chunks) for listed in table.listed):
+        if is_whiteout(entry):
+            key = None
+        elif key is not None:
+            contents.note(key, entry.size, number, entry.offset, ((chunk.size, chunk.digest) for chunk in chunks))
+        tree.add(entry, key)
+    tree.end_layer()
+    for frames in table.layout.spans:
+        checkpoints.add_frames(frames)
+    checkpoints.end_layer(layer_bytes, table.layout.size_bytes)
+
+
 def _keys(root: Node) -> set[str]:
     """The objects that the finished tree names; files that a later layer has replaced are not among them."""
     keys = set()
@@ -219,7 +276,13 @@ def _keys(root: Node) -> set[str]:
 
 
 def _describe(
-    reference: Reference, digest: str, manifest: Manifest, config: ConfigDocument, objects: int, unpacked_bytes: int
+    reference: Reference,
+    digest: str,
+    manifest: Manifest,
+    config: ConfigDocument,
+    objects: int,
+    unpacked_bytes: int,
+    edition: str,
 ) -> ImageInfo:
     process = config.config or ProcessConfig()
     layers = zip(manifest.layers, config.rootfs.diff_ids, strict=True)
@@ -234,6 +297,7 @@ def _describe(
         user=process.user or "",
         objects=objects,
         unpacked_bytes=unpacked_bytes,
+        edition=edition,
     )
 
 

@@ -1,6 +1,6 @@
 """Packs: the chunks of an image that a workload's start needs, in the order wanted, compressed together.
 
-    sha256-….WORKLOAD.pack    head: magic, version, number of chunks, the image's digest
+    sha256-….WORKLOAD.pack    head: magic, version, number of chunks, which archive's (`ImageInfo.identity`)
                               of each chunk: its object's row in the archive's table, its number in the object
                               sha256 of all before
                               the chunks' bytes, one after another, as one zstd frame
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from backports import zstd
 
-from actors.image.archives.trace import BLOCK_BYTES, BLOCKS_MAX, Trace
+from actors.image.archives.trace import BLOCKS_MAX, Block, Trace
 from actors.image.layers.content import CHUNK_BYTES
 
 CHUNKS_MAX = BLOCKS_MAX
@@ -40,26 +40,28 @@ class PackInvalid(Exception):
 
 
 class Chunk(NamedTuple):
-    """The bytes from `number` * CHUNK_BYTES of what is stored of an object, at most CHUNK_BYTES of them."""
+    """A chunk (`content.chunk_of`) of what is stored of an object."""
 
     row: int
     number: int
 
 
-def chunks_of(trace: Trace) -> list[Chunk]:
-    """The chunks in which a trace's blocks are, each once, in the order wanted.  Of an object with holes they may be others."""
-    return list(dict.fromkeys(Chunk(block.row, block.block * BLOCK_BYTES // CHUNK_BYTES) for block in trace.blocks))
+def chunks_of(trace: Trace, numbers: Callable[[Block], Iterable[int]]) -> list[Chunk]:
+    """The chunks in which a trace's blocks are, each once, in the order wanted; `numbers` tells those of one block."""
+    return list(dict.fromkeys(Chunk(block.row, number) for block in trace.blocks for number in numbers(block)))
 
 
-def write_pack(digest: str, chunks: Sequence[Chunk], contents: Iterable[bytes]) -> Iterator[bytes]:
-    """The bytes of a pack of the image `digest` ("sha256:…"): these chunks, whose contents are asked for in their order, one at a time.
+def write_pack(identity: str, chunks: Sequence[Chunk], contents: Iterable[bytes]) -> Iterator[bytes]:
+    """The bytes of a pack for the archive of that identity ("sha256:…").
+
+    The contents of its chunks are asked for in their order, one at a time.
 
     Raises ValueError for too many of them.
     """
     if len(chunks) > CHUNKS_MAX:
         raise ValueError(f"a pack of {len(chunks)} chunks; at most {CHUNKS_MAX} are allowed")
     index = array("I", [number for chunk in chunks for number in chunk]).tobytes()
-    head = _HEAD.pack(_MAGIC, _VERSION, len(chunks), bytes.fromhex(digest.removeprefix("sha256:"))) + index
+    head = _HEAD.pack(_MAGIC, _VERSION, len(chunks), bytes.fromhex(identity.removeprefix("sha256:"))) + index
     yield head + hashlib.sha256(head).digest()
     level = LEVEL_SMALL if len(chunks) * CHUNK_BYTES <= SMALL_BYTES else LEVEL
     compressor = zstd.ZstdCompressor(
@@ -78,14 +80,14 @@ def write_pack(digest: str, chunks: Sequence[Chunk], contents: Iterable[bytes]) 
 class Pack:
     """A pack that comes in `pieces`.  Making one reads its head.  Raises PackInvalid, and what the pieces raise."""
 
-    def __init__(self, digest: str, pieces: Iterator[bytes]) -> None:
+    def __init__(self, identity: str, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._rest = bytearray()
         head = self._take(_HEAD.size)
         magic, version, count, image = _HEAD.unpack(head)
         if (magic, version) != (_MAGIC, _VERSION) or count > CHUNKS_MAX:
             raise PackInvalid(f"not a pack of version {_VERSION}")
-        if image.hex() != digest.removeprefix("sha256:"):
+        if image.hex() != identity.removeprefix("sha256:"):
             raise PackInvalid(f"a pack of sha256:{image.hex()}")
         index = self._take(8 * count)
         if self._take(_CHECKSUM_BYTES) != hashlib.sha256(head + index).digest():

@@ -8,6 +8,9 @@
 
 Numbers are little-endian.  A layer without checkpoints is not compressed: it is read as it is, in *spans* of SPAN_BYTES.  Otherwise a span
 reaches from one checkpoint to the next.  Spans are what is fetched; a server maps the section and reads of it what it needs.
+
+Of a layer whose table of contents is known a checkpoint has no window but, in its place, the span's `frames`: at each one decompression
+begins anew.
 """
 
 from __future__ import annotations
@@ -24,14 +27,18 @@ import msgspec
 from zlib_ng import zlib_ng
 
 from actors.image.layers.content import LayerContent, decode_content, stored_bytes
-from actors.image.layers.inflate import SPAN_BYTES, Checkpoint
+from actors.image.layers.inflate import BLOCK_BYTES, SPAN_BYTES, Checkpoint
+from actors.image.layers.stream import decompress_from
 from actors.lazytree.table import ObjectTable, Row, map_section
 
 _HEAD = struct.Struct("<II")
 _LAYER = struct.Struct("<QQIIII")  # compressed, decompressed bytes; first checkpoint, how many; first in order, how many
 # Bits, offset; place and length of what is in the windows' part; how much of that, inflated, is header, and the header's bit.
-_CHECKPOINT = struct.Struct("<QQQIHBx")
+_CHECKPOINT = struct.Struct("<QQQIHBB")
+_WINDOW, _FRAMES = 0, 1  # what is in that place, the record's last byte
+_FRAME = struct.Struct("<QQ")
 _INDEX = struct.Struct("<I")
+BLOCK_BYTES_MIN = 4096
 _WINDOW_LEVEL = 3  # 2.4 KB a window of Debian's libraries; level 6 saves 5 % of them
 
 
@@ -42,7 +49,8 @@ class CorruptSpans(Exception):
 class Span(NamedTuple):
     """A piece of a layer that can be read by itself: `begin` to `end` of its decompressed bytes.
 
-    They come out of the compressed bytes from `first` to `stop`, by inflating from `checkpoint` on; as they are when it is None.
+    They come out of the compressed bytes from `first` to `stop`, by inflating from `checkpoint` on; as they are when it is None.  With
+    `frames`, (compressed, decompressed) places, they come out of one after another of these, each by itself (`decompressed`).
     """
 
     begin: int
@@ -50,6 +58,19 @@ class Span(NamedTuple):
     first: int
     stop: int
     checkpoint: Checkpoint | None
+    frames: tuple[tuple[int, int], ...] = ()
+
+
+class _Record(NamedTuple):
+    """A checkpoint, as it is in the section."""
+
+    bits: int
+    offset: int
+    place: int
+    length: int
+    header_bytes: int
+    header_bit: int
+    kind: int
 
 
 class Layer(NamedTuple):
@@ -72,14 +93,24 @@ class Checkpoints:
         self._records: list[bytes] = []
         self._first = 0
         self._place = 0
+        self.has_frames = False
 
     def add(self, checkpoint: Checkpoint) -> None:
         """The next checkpoint of the layer that is being read."""
         header = checkpoint.header
         window = zlib_ng.compress(header + checkpoint.window, _WINDOW_LEVEL) if checkpoint.window else b""
+        self._add(checkpoint.bits, checkpoint.offset, window, len(header), checkpoint.header_bit, _WINDOW)
+
+    def add_frames(self, frames: Sequence[tuple[int, int]]) -> None:
+        """The next span of a layer whose table of contents is known: where its frames begin, compressed and decompressed."""
+        first, begin = frames[0]
+        packed = zlib_ng.compress(b"".join(_FRAME.pack(*frame) for frame in frames), _WINDOW_LEVEL)
+        self._add(8 * first, begin, packed, 0, 0, _FRAMES)
+        self.has_frames = True
+
+    def _add(self, bits: int, offset: int, window: bytes, header_bytes: int, header_bit: int, kind: int) -> None:
         self._windows.write(window)
-        place = (self._place, len(window), len(header), checkpoint.header_bit)
-        self._records.append(_CHECKPOINT.pack(checkpoint.bits, checkpoint.offset, *place))
+        self._records.append(_CHECKPOINT.pack(bits, offset, self._place, len(window), header_bytes, header_bit, kind))
         self._place += len(window)
 
     def end_layer(self, compressed_bytes: int, size_bytes: int) -> None:
@@ -138,6 +169,12 @@ class Spans:
         found = self.layers[layer]
         return found.checkpoints or -(-found.size_bytes // SPAN_BYTES)
 
+    @property
+    def longest_bytes(self) -> int:
+        """Of all spans, decompressed; it takes some time to find."""
+        lengths = (self.bounds(layer, number) for layer in range(len(self.layers)) for number in range(self.count(layer)))
+        return max((end - begin for begin, end in lengths), default=0)
+
     def at(self, layer: int, offset: int) -> int:
         """The number of the span in which that byte of the decompressed layer is."""
         found = self.layers[layer]
@@ -146,7 +183,7 @@ class Spans:
         low, high = 0, found.checkpoints
         while high - low > 1:
             middle = (low + high) // 2
-            if self._record(found, middle)[1] <= offset:
+            if self._record(found, middle).offset <= offset:
                 low = middle
             else:
                 high = middle
@@ -159,8 +196,8 @@ class Spans:
             return number * SPAN_BYTES, min((number + 1) * SPAN_BYTES, found.size_bytes)
         following = number + 1
         return (
-            self._record(found, number)[1],
-            self._record(found, following)[1] if following < found.checkpoints else found.size_bytes,
+            self._record(found, number).offset,
+            self._record(found, following).offset if following < found.checkpoints else found.size_bytes,
         )
 
     def run(self, layer: int, first: int, last: int) -> Span:
@@ -169,16 +206,26 @@ class Spans:
         begin, end = self.bounds(layer, first)[0], self.bounds(layer, last)[1]
         if not found.checkpoints:
             return Span(begin, end, begin, end, None)
-        bits, offset, place, length, header, header_bit = self._record(found, first)
+        record = self._record(found, first)
         stop = found.compressed_bytes
         if last + 1 < found.checkpoints:
-            stop = (self._record(found, last + 1)[0] + 7) // 8
-        compressed = self._map[self._windows + place : self._windows + place + length]
+            stop = (self._record(found, last + 1).bits + 7) // 8
+        both = self._window(record)
+        if record.kind == _FRAMES:
+            both += b"".join(self._window(self._record(found, number)) for number in range(first + 1, last + 1))
+            here = Checkpoint(record.bits, record.offset, b"")
+            return Span(begin, end, record.bits // 8, stop, here, tuple(_FRAME.iter_unpack(both)))
+        header = record.header_bytes
+        here = Checkpoint(record.bits, record.offset, both[header:], both[:header], record.header_bit)
+        return Span(begin, end, record.bits // 8, stop, here)
+
+    def _window(self, record: _Record) -> bytes:
+        """What is in the windows' part for a checkpoint.  Raises CorruptSpans."""
+        compressed = self._map[self._windows + record.place : self._windows + record.place + record.length]
         try:
-            both = zlib.decompress(compressed) if length else b""
+            return zlib.decompress(compressed) if record.length else b""
         except zlib.error as error:
             raise CorruptSpans(f"{self._path}: a window is damaged: {error}") from None
-        return Span(begin, end, bits // 8, stop, Checkpoint(bits, offset, both[header:], both[:header], header_bit))
 
     def objects(self, layer: int, begin: int, end: int) -> Iterator[tuple[int, Row, LayerContent]]:
         """The objects of which a byte lies between `begin` and `end` of the decompressed layer, by their offset; index, row, place."""
@@ -198,10 +245,9 @@ class Spans:
                 return
             yield index, row, content
 
-    def _record(self, layer: Layer, number: int) -> tuple[int, int, int, int, int, int]:
+    def _record(self, layer: Layer, number: int) -> _Record:
         place = self._checkpoints + _CHECKPOINT.size * (layer.first_checkpoint + number)
-        record: tuple[int, int, int, int, int, int] = _CHECKPOINT.unpack_from(self._map, place)
-        return record
+        return _Record(*_CHECKPOINT.unpack_from(self._map, place))
 
     def _object(self, position: int) -> tuple[int, Row, LayerContent]:
         index: int = _INDEX.unpack_from(self._map, self._order + _INDEX.size * position)[0]
@@ -213,3 +259,57 @@ class Spans:
 
     def close(self) -> None:
         self._map.release()
+
+
+def decompressed(span: Span, pieces: Iterator[bytes], block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """What stands in a span from its `begin` on, in blocks, out of its compressed bytes from its `first` on.
+
+    NOT verified: it may be too short, and something else.  Raises ContentCorrupt for what is no such thing.
+    """
+    if span.checkpoint is None:
+        return pieces
+    if not span.frames:
+        return decompress_from(span.checkpoint, pieces, block_bytes)
+    return _from_frames(span, pieces, block_bytes)
+
+
+def _from_frames(span: Span, pieces: Iterator[bytes], block_bytes: int) -> Iterator[bytes]:
+    """Of each frame as much as has a place, and zeros where nothing comes: that is nobody's, or will not have its digest."""
+    cut = _Cut(pieces, span.first)
+    for frame, following in zip(span.frames, [*span.frames[1:], (span.stop, span.end)], strict=True):
+        left = following[1] - frame[1]
+        cut.skip_to(frame[0])
+        blocks = decompress_from(
+            Checkpoint(8 * frame[0], frame[1], b""), cut.until(following[0]), min(block_bytes, max(left, BLOCK_BYTES_MIN))
+        )
+        for block in blocks:
+            yield block[:left]
+            left -= len(block)
+            if left <= 0:
+                break
+        while left > 0:
+            yield bytes(min(left, block_bytes))
+            left -= block_bytes
+
+
+class _Cut:
+    """Pieces of which the first byte is byte `at` of a layer, cut where somebody else is to go on."""
+
+    def __init__(self, pieces: Iterator[bytes], at: int) -> None:
+        self._pieces = pieces
+        self._at = at  # of the first byte of what is left of the last piece
+        self._rest = b""
+
+    def until(self, stop: int) -> Iterator[bytes]:
+        while self._at < stop and (self._rest or self._next()):
+            part, self._rest = self._rest[: stop - self._at], self._rest[stop - self._at :]
+            self._at += len(part)
+            yield part
+
+    def skip_to(self, place: int) -> None:
+        for _ in self.until(place):
+            pass
+
+    def _next(self) -> bool:
+        self._rest = next(self._pieces, b"")
+        return bool(self._rest)

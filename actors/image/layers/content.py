@@ -12,8 +12,11 @@ import errno
 import hashlib
 import struct
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, BinaryIO, cast
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 import msgspec
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:  # what unpacks layers; of who only reads content it is no par
     from actors.image.layers.tar import Entry
 
 CHUNK_BYTES = 256 << 10
+CHUNK_BYTES_MAX = 4 << 20  # of those that a table of contents cuts: what eStargz' tools make of a larger file
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE_S, PATIENCE_STEP_S = 2.0, 0.05  # one build waits for no longer, in all, until there is room again
 _SPARSE = b"aerie sparse object 1\0"
@@ -39,12 +43,28 @@ class LayerContent(msgspec.Struct, frozen=True, array_like=True):
     digests of each CHUNK_BYTES of it, the last one shorter; empty when there is one chunk and its digest is the
     object's key.  `extents` of a sparse file are (offset in the object, length), ascending: their bytes follow one
     another in the layer, and it is these that chunks count; the rest of the object is holes.
+
+    `ends` is there when a layer's table of contents has cut the chunks, of up to CHUNK_BYTES_MAX: where each ends, as 64-bit numbers of
+    this machine's (little-endian).  The table's layer is decompressed from its `frames`, which also says what `offset` means then.
     """
 
     layer: int
     offset: int
     chunks: bytes = b""
     extents: list[tuple[int, int]] | None = None
+    ends: bytes = b""
+
+
+class Part(NamedTuple):
+    """A chunk: a part of what is stored of an object, from `begin`, which is checked as a whole against its sha256 `digest`."""
+
+    begin: int
+    size: int
+    digest: bytes
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.size
 
 
 _decoder = msgspec.msgpack.Decoder(LayerContent)
@@ -60,12 +80,27 @@ def stored_bytes(row: Row, content: LayerContent) -> int:
     return row.size_bytes if content.extents is None else sum(length for _, length in content.extents)
 
 
-def chunk_of(row: Row, content: LayerContent, number: int) -> tuple[int, bytes]:
-    """Size and digest of a chunk of what is stored of an object.  Raises IndexError when it has none of that number."""
-    size = min(CHUNK_BYTES, stored_bytes(row, content) - number * CHUNK_BYTES)
-    if number < 0 or size <= 0:
+def chunk_of(row: Row, content: LayerContent, number: int) -> Part:
+    """A chunk of what is stored of an object.  Raises IndexError when it has none of that number."""
+    if not 0 <= number < chunk_count(row, content):
         raise IndexError(f"chunk {number} of object {row.key}")
-    return size, content.chunks[32 * number : 32 * number + 32] or bytes.fromhex(row.key)
+    if content.ends:
+        ends = memoryview(content.ends).cast("Q")
+        begin = ends[number - 1] if number else 0
+        size = ends[number] - begin
+    else:
+        begin = number * CHUNK_BYTES
+        size = min(CHUNK_BYTES, stored_bytes(row, content) - begin)
+    return Part(begin, size, content.chunks[32 * number : 32 * number + 32] or bytes.fromhex(row.key))
+
+
+def chunk_at(content: LayerContent, offset: int) -> int:
+    """The number of the chunk in which that byte of what is stored of an object is."""
+    return bisect_right(memoryview(content.ends).cast("Q"), offset) if content.ends else offset // CHUNK_BYTES
+
+
+def chunk_count(row: Row, content: LayerContent) -> int:
+    return len(content.ends) // 8 if content.ends else -(-stored_bytes(row, content) // CHUNK_BYTES)
 
 
 class Contents:
@@ -105,6 +140,20 @@ class Contents:
             if entry.stored < entry.size:
                 self.hole_bytes[key] = entry.size - entry.stored
         return key
+
+    def note(self, key: str, size: int, layer: int, offset: int, chunks: Iterable[tuple[int, bytes]]) -> None:
+        """An object of which nothing is read now: its place in its layer, size and digest of each chunk.
+
+        Unless OBJECTS have it, not all of it is here (`complete`).
+        """
+        self.complete = self.complete and self._objects.has(key)
+        if key in self.rows:
+            return
+        sizes, digests = zip(*chunks, strict=True)
+        parts = (b"", b"")  # what is the only one has the object's digest, and its size
+        if len(sizes) > 1 or size > CHUNK_BYTES:
+            parts = b"".join(digests), array("Q", accumulate(sizes)).tobytes()
+        self.rows[key] = Row(key, size, self._encoder.encode(LayerContent(layer, offset, parts[0], None, parts[1])))
 
     def _file(self, size_bytes: int) -> BinaryIO:
         """A file for an object, or what takes its content and keeps none of it."""

@@ -1,8 +1,8 @@
 """zstd, decompressed in order with a checkpoint at a frame's begin every so often, and again from any of them on.
 
 A frame (RFC 8878) can be read by itself, and from its begin only: of a layer that is one frame, as many tools write it, everything up to
-what is wanted must be read.  Layers of the kinds zstd:chunked and "seekable" have a frame for each file or chunk; their tables of
-contents, in skippable frames at the end, say where frames are, which whoever has read all of the layer knows better.
+what is wanted must be read.  Layers of the kinds zstd:chunked and "seekable" have a frame for each file or chunk.  Their tables of
+contents, in skippable frames at the end, are for who does not want to read all of the layer (`tabled`).
 
 The decompressor is that of Python 3.14's standard library, by its backport.  GIL-free; a decompressor is one thread's at a time.
 """

@@ -2,44 +2,37 @@
 
     OBJECTS → the spool → a range of an unmodified layer, by way of the spool
 
-What is read is a *chunk* of an object (`content.CHUNK_BYTES`); it is answered from memory in which its digest has just been found
-right.  What is fetched is a *span* of a layer (`checkpoints`), or several that follow one another; all of it that belongs to
+What is read is a *chunk* of an object (`held`); it is answered from memory in which its digest has just been found right.  What is
+fetched is a *span* of a layer (`checkpoints`), or several that follow one another; all of it that belongs to
 objects goes to the spool, checked or not, so nothing is fetched twice because a chunk and a span do not end together, or because
 its readers wanted other parts or objects of it.  Who wants a span that is on its way waits for it.
 
-Bounds.  A read holds no bytes before all that it needs is in the spool, and then it takes its turn (LOADS_MAX); a fetch holds one piece
-and one block (FETCHES_MAX), however long it is.  Reads of what is there never wait for a fetch.  The spool is held to its bound
-by giving up what was fetched first, except for what somebody waits for, and as many may wait as fit into it.
+Bounds.  A read holds no bytes before all that it needs is in the spool, and then it takes its turn (LOADS_MAX); a fetch holds little,
+however long it is (`fetching`), and takes its turn, too (FETCHES_MAX).  Reads of what is there never wait for a fetch.  The spool is
+held to its bound by giving up what was fetched first, except for what somebody waits for, and as many may wait as fit into it.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import os
 import sys
-import threading
 import traceback
-from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate
-from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import trio
 
-from actors.image.errors import ContentCorrupt, ImageError
-from actors.image.layers.checkpoints import Span, Spans
-from actors.image.layers.content import CHUNK_BYTES, LayerContent, chunk_of, decode_content, stored_bytes
-from actors.image.layers.stream import decompress_from
+from actors.image.layers.checkpoints import Spans
+from actors.image.layers.content import LayerContent, chunk_of, decode_content, stored_bytes
 from actors.image.lazy.coming import Coming
+from actors.image.lazy.fetching import Fetcher
+from actors.image.lazy.held import Held, Missing
 from actors.image.lazy.readahead import Neighbours, Readahead
 from actors.image.lazy.spool import MEMORY_BYTES, Spool
 from actors.image.registry.repository import Registry
-from actors.lazytree.objects import Objects
 from actors.lazytree.server import SourceError
 from actors.lazytree.table import ObjectTable, Row
 
@@ -48,22 +41,10 @@ T = TypeVar("T")
 LOADS_MAX = 6  # reads that are answered at once; each holds up to 3 MiB
 FETCHES_MAX = 12  # ranges on their way at once; each holds 1 MiB
 RUN_BYTES_MAX = 4 << 20  # decompressed bytes, about, that one range is for
-BLOCK_BYTES = 256 << 10
 WAITING_BYTES, WAITING_MIN = 8 << 20, 8  # of the spool, for each read that waits for a fetch: the spans of a mebibyte, amply
 SMALL_BYTES = 256 << 10  # an object whose neighbours in its layer are wanted with it
 AHEAD_SPANS, AHEAD_MAX, AHEAD_QUEUE = 2, 4, 32  # fetched ahead in one range; on their way at once; ranges that wait
 ROUNDS_MAX = 16  # of fetching what somebody then took away
-
-
-class _Missing(NamedTuple):
-    """Why a read cannot be answered yet: its `chunk` of the object is not there, or is not right.
-
-    `spans` are all that what is left of the read needs, from this chunk on; in those of `holes`, something of it is missing.
-    """
-
-    chunk: int
-    spans: range
-    holes: list[int]
 
 
 class _Flight:
@@ -109,9 +90,8 @@ class RegistrySource:
         self._reference = reference
         self._layers = layers
         self._spool = spool
-        self._objects = objects
-        self._connect = connect
-        self._timeout_s = timeout_s
+        self._held = Held(spans, spool, objects, reference)
+        self._fetcher = Fetcher(spans, reference, layers, spool, self._held, connect, timeout_s)
         self._spool_bytes_max = self._disk_bytes_max = spool_bytes_max
         self._completed = completed
         self._coming = coming
@@ -128,13 +108,7 @@ class RegistrySource:
         self._pins: Counter[tuple[int, int]] = Counter()  # the spans that somebody waits for or is about to read
         self._waiting = trio.CapacityLimiter(max(WAITING_MIN, spool_bytes_max // WAITING_BYTES))
         self._has_inherited = False
-        self._damaged: set[str] = set()  # objects, by their key
-        self._lock = threading.Lock()
-        self._registries: list[Registry] = []
-        self._idle: list[Registry] = []  # of them: those that nobody uses just now
-        self._has_mirrors = False
-        self._mirrors_distrusted = False
-        self._fetched_bytes, self._fetching_s = 0, 0.0
+        self._fetching_s = 0.0
         self._in_the_air, self._began_s = 0, 0.0
         self._readahead, self._neighbours = Readahead(), Neighbours()
         self._ahead: deque[tuple[int, range]] = deque(maxlen=AHEAD_QUEUE)
@@ -151,7 +125,7 @@ class RegistrySource:
     def fetched(self) -> tuple[int, float]:
         """Compressed bytes that were fetched so far, and for how many seconds something was on its way."""
         now = trio.current_time()
-        return self._fetched_bytes, self._fetching_s + (now - self._began_s if self._in_the_air else 0.0)
+        return self._fetcher.fetched_bytes, self._fetching_s + (now - self._began_s if self._in_the_air else 0.0)
 
     @contextmanager
     def _fetching(self) -> Iterator[None]:
@@ -178,14 +152,14 @@ class RegistrySource:
         content = decode_content(row)
         await self._running.wait()
         looked = self._landings
-        found = await self._in_thread(self._loads, self._load, row, content, offset, size)
+        found = await self._in_thread(self._loads, self._held.load, row, content, offset, size)
         if isinstance(found, bytes):
             self._fetch_ahead(index, row, content, offset if content.extents is None else 0)
             return found
         async with self._waiting:
             while self._coming is not None and await self._coming.arrival(index, found.chunk):
                 looked = self._landings
-                found = await self._in_thread(self._loads, self._load, row, content, offset, size)
+                found = await self._in_thread(self._loads, self._held.load, row, content, offset, size)
                 if isinstance(found, bytes):
                     return found
             with self._urgency(), ExitStack() as pins:
@@ -194,7 +168,7 @@ class RegistrySource:
                     pins.enter_context(self._pinned(content.layer, found.spans))
                     await self._get(index, row, content, found, looked, round_ > 0, forgiven)
                     looked = self._landings
-                    found = await self._in_thread(self._loads, self._load, row, content, offset, size)
+                    found = await self._in_thread(self._loads, self._held.load, row, content, offset, size)
                     if isinstance(found, bytes):
                         return found
         raise SourceError(f"{self.name(row)}: what is fetched is lost again and again before it can be read")
@@ -221,7 +195,7 @@ class RegistrySource:
         index: int,
         row: Row,
         content: LayerContent,
-        found: _Missing,
+        found: Missing,
         looked: int,
         fetched: bool,
         forgiven: set[tuple[int, int]],
@@ -249,7 +223,7 @@ class RegistrySource:
             error = await self._corrupt(row, content, found)
             if not (fetched or from_mirror or unasked):
                 print(f"{self.name(row)}: what was kept of it is damaged; it is fetched again", file=sys.stderr, flush=True)
-            elif not self._distrust_mirrors() and not from_mirror and not unasked:
+            elif not self._fetcher.distrust_mirrors() and not from_mirror and not unasked:
                 raise error
         for flight in flights:
             try:
@@ -271,96 +245,22 @@ class RegistrySource:
                 if not self._pins[span]:
                     del self._pins[span]
 
-    def _load(self, row: Row, content: LayerContent, offset: int, size: int) -> bytes | _Missing:
-        """The bytes, or what must be fetched first.  In a thread."""
-        if (ready := self._from_objects(row, content, offset, size)) is not None:
-            return ready
-        if content.extents is None:
-            return self._from_spool(row, content, offset, size)
-        data = bytearray(size)
-        for at, stored_at, length in _parts(content.extents, offset, size):
-            part = self._from_spool(row, content, stored_at, length)
-            if isinstance(part, _Missing):
-                return part
-            data[at : at + length] = part
-        return bytes(data)
-
-    def _from_objects(self, row: Row, content: LayerContent, offset: int, size: int) -> bytes | None:
-        """The bytes, if OBJECTS have them and they are right; those of a sparse file are not looked at."""
-        try:
-            descriptor = os.open(Objects.path(row.key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._objects)
-        except FileNotFoundError:
-            return None
-        try:
-            if content.extents is not None:
-                data = os.pread(descriptor, size, offset)
-                return data if len(data) == size else None
-            parts, end = [], offset + size
-            for number in range(offset // CHUNK_BYTES, (end - 1) // CHUNK_BYTES + 1):
-                first = number * CHUNK_BYTES
-                chunk_bytes, expected = chunk_of(row, content, number)
-                data = os.pread(descriptor, chunk_bytes, first)
-                if hashlib.sha256(data).digest() != expected:
-                    self._say_damaged(row)
-                    return None
-                parts.append(data[max(0, offset - first) : end - first])
-            del data
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-        finally:
-            os.close(descriptor)
-
-    def _say_damaged(self, row: Row) -> None:
-        if row.key not in self._damaged:
-            self._damaged.add(row.key)
-            print(f"{self.name(row)} is damaged in the object cache; it is fetched", file=sys.stderr, flush=True)
-
-    def _from_spool(self, row: Row, content: LayerContent, begin: int, size: int) -> bytes | _Missing:
-        """`size` bytes from `begin` of what is stored of the object."""
-        parts, end = [], begin + size
-        for chunk in range(begin // CHUNK_BYTES, (end - 1) // CHUNK_BYTES + 1):
-            data = self._chunk(row, content, chunk)
-            first = chunk * CHUNK_BYTES
-            if data is None:
-                return self._missing(row, content, chunk, (end - 1) // CHUNK_BYTES)
-            parts.append(data[max(0, begin - first) : end - first])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _chunk(self, row: Row, content: LayerContent, chunk: int) -> bytes | None:
-        """A chunk that is in the spool, whole and right."""
-        size, expected = chunk_of(row, content, chunk)
-        data = self._spool.read(self._spool.place(content) + chunk * CHUNK_BYTES, size)
-        return data if data is not None and hashlib.sha256(data).digest() == expected else None
-
-    def _missing(self, row: Row, content: LayerContent, chunk: int, last_chunk: int) -> _Missing:
-        layer, place = content.layer, self._spool.place(content)
-        begin = content.offset + chunk * CHUNK_BYTES
-        end = content.offset + min(stored_bytes(row, content), (last_chunk + 1) * CHUNK_BYTES)
-        spans = range(self._spans.at(layer, begin), self._spans.at(layer, end - 1) + 1)
-        holes = []
-        for number in spans:
-            first, stop = self._spans.bounds(layer, number)
-            first, stop = max(first, begin), min(stop, end)
-            if not self._spool.has(place + first - content.offset, stop - first):
-                holes.append(number)
-        return _Missing(chunk, spans, holes)
-
-    async def _corrupt(self, row: Row, content: LayerContent, found: _Missing) -> SourceError:
+    async def _corrupt(self, row: Row, content: LayerContent, found: Missing) -> SourceError:
         """What was fetched is not the object's; the next read will fetch it again."""
         for number in found.spans:
             self._landed.pop((content.layer, number), None)
             self._from_mirrors.discard((content.layer, number))
             self._unasked.discard((content.layer, number))
-        first = found.chunk * CHUNK_BYTES
-        size = min(CHUNK_BYTES, stored_bytes(row, content) - first)
-        await self._in_thread(self._loads, self._spool.free, self._spool.place(content) + first, size)
+        part = chunk_of(row, content, found.chunk)
+        await self._in_thread(self._loads, self._spool.free, self._spool.place(content) + part.begin, part.size)
         return SourceError(
             f"{self.name(row)}: the registry's copy of {self._layers[content.layer]} is damaged, or was on its way here: "
             f"part {found.chunk + 1} of the file is not what its digest says"
         )
 
     def name(self, row: Row) -> str:
-        """An object, for a reason: by its image, and what `sha256sum` says of the file."""
-        return f"{self._reference}, content {row.key[:12]}"
+        """An object, for a reason."""
+        return self._held.name(row)
 
     # --- fetching ---
 
@@ -464,20 +364,15 @@ class RegistrySource:
         runs: list[tuple[int, int]] = []
         for number in range(self._spans.count(layer)):
             begin, end = self._spans.bounds(layer, number)
-            if not any(self._lacks(row, content, begin, end) for _, row, content in self._spans.objects(layer, begin, end)):
+            if not any(
+                self._held.lacks(row, content, begin, end) for _, row, content in self._spans.objects(layer, begin, end)
+            ):
                 continue
             if runs and runs[-1][1] == number - 1 and end - self._spans.bounds(layer, runs[-1][0])[0] <= RUN_BYTES_MAX:
                 runs[-1] = (runs[-1][0], number)
             else:
                 runs.append((number, number))
         return runs
-
-    def _lacks(self, row: Row, content: LayerContent, begin: int, end: int) -> bool:
-        """Whether something of the object, between these places of its layer, is neither in OBJECTS nor in the spool."""
-        if self._has(row):
-            return False
-        first, stop = max(begin, content.offset), min(end, content.offset + stored_bytes(row, content))
-        return not self._spool.has(self._spool.place(content) + first - content.offset, stop - first)
 
     def _fits(self, flight: _Flight, number: int) -> bool:
         return self._spans.bounds(flight.layer, number)[1] - self._spans.bounds(flight.layer, flight.first)[0] <= RUN_BYTES_MAX
@@ -506,10 +401,12 @@ class RegistrySource:
             with flight.scope, self._fetching():
                 self._use_disk_again()
                 await self._make_room(self._spool_bytes_max)
-                distrusted = self._mirrors_distrusted
+                distrusted = self._fetcher.mirrors_distrusted
                 for make_room in (partial(self._make_room, 0), self._use_memory, None):
                     try:
-                        rows = await self._in_thread(self._fetches, self._transfer, flight.layer, flight.first, flight.last)
+                        rows = await self._in_thread(
+                            self._fetches, self._fetcher.transfer, flight.layer, flight.first, flight.last
+                        )
                         break
                     except OSError as error:
                         is_waited_for = flight.waiting or not flight.unasked
@@ -520,7 +417,7 @@ class RegistrySource:
                 for span in flight.spans:
                     self._landed.pop(span, None)
                     self._landed[span] = self._landings
-                    if self._has_mirrors and not distrusted:
+                    if self._fetcher.has_mirrors and not distrusted:
                         self._from_mirrors.add(span)
         except SourceError as error:
             flight.error = error.reason
@@ -534,76 +431,6 @@ class RegistrySource:
             flight.landed.set()
         if rows:
             self._completed(rows)
-
-    def _transfer(self, layer: int, first: int, last: int) -> list[int]:
-        """Fetch spans into the spool → the objects that are whole there now.  In a thread."""
-        span = self._spans.run(layer, first, last)
-        while True:
-            try:
-                return self._fetch(layer, span)
-            except ContentCorrupt as error:
-                if self._distrust_mirrors():
-                    continue
-                digest = self._layers[layer]
-                raise SourceError(f"{self._reference}: the registry's copy of {digest} is damaged: {error}") from None
-            except ImageError as error:
-                raise SourceError(str(error)) from None
-
-    def _fetch(self, layer: int, span: Span) -> list[int]:
-        registry = self._borrow()
-        pieces = registry.stream_range(self._layers[layer], span.first, span.stop - span.first, timeout_s=self._timeout_s)
-        try:
-            blocks = pieces if span.checkpoint is None else decompress_from(span.checkpoint, pieces, BLOCK_BYTES)
-            whole = self._scatter(layer, span.begin, span.end, blocks)
-            for _ in pieces:
-                pass  # to its end, so that the connection can be used again
-            return whole
-        finally:
-            pieces.close()
-            self._give_back(registry)
-            with self._lock:
-                self._fetched_bytes += span.stop - span.first
-
-    def _scatter(self, layer: int, begin: int, end: int, blocks: Iterator[bytes]) -> list[int]:
-        """Write what of these blocks, which begin at `begin` of the layer, belongs to objects → those that are whole now."""
-        whole: list[int] = []
-        position, block = begin, memoryview(b"")  # of the block's first byte
-        for index, row, content in self._spans.objects(layer, begin, end):
-            stored, place = stored_bytes(row, content), self._spool.place(content)
-            if self._has(row):
-                continue
-            at, stop = max(begin, content.offset), min(end, content.offset + stored)
-            while at < stop:
-                if at >= position + len(block):
-                    position += len(block)
-                    block = memoryview(next(blocks, b""))
-                    if not block:
-                        raise ContentCorrupt("it ends in the middle")
-                    continue
-                part = block[at - position : stop - position]
-                self._spool.write(place + at - content.offset, part)
-                at += len(part)
-            is_inside = begin <= content.offset and content.offset + stored <= end
-            if is_inside or self._is_whole(row, content):
-                whole.append(index)
-        return whole
-
-    def _has(self, row: Row) -> bool:
-        if row.key in self._damaged:
-            return False
-        try:
-            return os.stat(Objects.path(row.key), dir_fd=self._objects, follow_symlinks=False).st_size == row.size_bytes
-        except FileNotFoundError:
-            return False
-
-    def _is_whole(self, row: Row, content: LayerContent) -> bool:
-        """Whether all of the object seems to be in the spool; who publishes it looks closer."""
-        stored = stored_bytes(row, content)
-        if not self._spool.has(self._spool.place(content), stored):
-            return False
-        # A page in which one span ends and the next begins is no hole when one of them is there.  Within the object a page
-        # of the other one follows, but not at its ends.
-        return all(self._chunk(row, content, chunk) is not None for chunk in {0, (stored - 1) // CHUNK_BYTES})
 
     # --- the spool's room ---
 
@@ -633,7 +460,8 @@ class RegistrySource:
             self._spool.to_memory()
             self._landed.clear()
             self._spool_bytes_max = min(self._disk_bytes_max, MEMORY_BYTES)
-            self._waiting.total_tokens = WAITING_MIN
+            longest_bytes = await trio.to_thread.run_sync(lambda: self._spans.longest_bytes)
+            self._waiting.total_tokens = min(WAITING_MIN, max(1, MEMORY_BYTES // (2 * longest_bytes)))
 
     def _use_disk_again(self) -> None:
         if self._spool.in_memory and self._spool.disk_has_room:
@@ -656,7 +484,7 @@ class RegistrySource:
             self._completed(whole)
 
     def _find_whole(self) -> list[int]:
-        return [index for index, row, content in self._spool.objects() if self._is_whole(row, content)]
+        return [index for index, row, content in self._spool.objects() if self._held.is_whole(row, content)]
 
     async def taken(self, rows: Sequence[int]) -> None:
         """These objects are in OBJECTS, or were not what they should be: give up what is in the spool of them."""
@@ -673,39 +501,3 @@ class RegistrySource:
 
     async def _in_thread(self, limiter: trio.CapacityLimiter, run: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(run, *arguments, abandon_on_cancel=True, limiter=limiter)
-
-    def _borrow(self) -> Registry:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-            registry = self._connect()
-            self._has_mirrors = registry.has_mirrors
-            if self._mirrors_distrusted:
-                registry.distrust_mirrors()
-            self._registries.append(registry)
-            return registry
-
-    def _give_back(self, registry: Registry) -> None:
-        with self._lock:
-            self._idle.append(registry)
-
-    def _distrust_mirrors(self) -> bool:
-        """Something was not what its digest says: ask the registry only from now on → whether a mirror may have done it."""
-        with self._lock:
-            if self._mirrors_distrusted:
-                return False
-            self._mirrors_distrusted = True
-            asked = [registry.distrust_mirrors() for registry in self._registries]
-            return True in asked
-
-
-def _parts(extents: Sequence[tuple[int, int]], offset: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """What is stored of `size` bytes at `offset` of a sparse file: (offset in these bytes, in what is stored, length)."""
-    stored = [0, *accumulate(length for _, length in extents)]
-    for number in range(max(0, bisect_right(extents, offset, key=itemgetter(0)) - 1), len(extents)):
-        begin, length = extents[number]
-        if begin >= offset + size:
-            return
-        first, stop = max(begin, offset), min(begin + length, offset + size)
-        if first < stop:
-            yield first - offset, stored[number] + first - begin, stop - first

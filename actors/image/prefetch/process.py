@@ -19,9 +19,10 @@ import msgspec
 
 from actors.image.archives import trace
 from actors.image.archives.archive import Archive, save_beside
-from actors.image.archives.pack import Chunk, Pack, PackInvalid, chunks_of, pack_path, write_pack
+from actors.image.archives.pack import CHUNKS_MAX, Chunk, Pack, PackInvalid, chunks_of, pack_path, write_pack
+from actors.image.archives.trace import BLOCK_BYTES, Block
 from actors.image.errors import ArchiveInvalid
-from actors.image.layers.content import CHUNK_BYTES, LayerContent, chunk_of, decode_content, stored_bytes
+from actors.image.layers.content import LayerContent, Part, chunk_at, chunk_count, chunk_of, decode_content, stored_bytes
 from actors.image.lazy.coming import Announced
 from actors.image.lazy.spool import Spool
 from actors.image.wire import Completed, MakePack, PackAbsent, PackComing, PackMade, PackThrough, StreamPack
@@ -92,7 +93,7 @@ class Content:
         """Raises PackInvalid when there is no such chunk, or none that a pack may have."""
         try:
             if (found := self.find(chunk.row)) is not None:
-                return chunk_of(*found, chunk.number)[0]
+                return chunk_of(*found, chunk.number).size
         except IndexError:
             pass
         raise PackInvalid(f"chunk {chunk.number} of object {chunk.row}, which the image does not have")
@@ -104,31 +105,32 @@ class Content:
             return None
         row, content = found
         try:
-            size, digest = chunk_of(row, content, chunk.number)
+            part = chunk_of(row, content, chunk.number)
         except IndexError:
             return None
         for read in (self._from_objects, self._from_spool, self._from_objects):  # it is published out of the spool meanwhile
-            data = read(row, content, chunk.number, size)
-            if data is not None and hashlib.sha256(data).digest() == digest:
+            data = read(row, content, part)
+            if data is not None and hashlib.sha256(data).digest() == part.digest:
                 return data
         return None
 
-    def _from_objects(self, row: Row, content: LayerContent, number: int, size: int) -> bytes | None:
+    def _from_objects(self, row: Row, content: LayerContent, part: Part) -> bytes | None:
         try:
             with open(os.open(Objects.path(row.key), os.O_RDONLY, dir_fd=self.objects.descriptor), "rb", 0) as file:
-                return os.pread(file.fileno(), size, number * CHUNK_BYTES)
+                return os.pread(file.fileno(), part.size, part.begin)
         except FileNotFoundError:
             return None
 
-    def _from_spool(self, row: Row, content: LayerContent, number: int, size: int) -> bytes | None:
-        return None if self.spool is None else self.spool.read(self.spool.place(content) + number * CHUNK_BYTES, size)
+    def _from_spool(self, row: Row, content: LayerContent, part: Part) -> bytes | None:
+        return None if self.spool is None else self.spool.read(self.spool.place(content) + part.begin, part.size)
 
     def is_here(self, chunk: Chunk) -> bool:
         """Whether the chunk seems to be here, right or not.  Raises PackInvalid as `size_of`, OSError."""
-        size = self.size_of(chunk)
+        self.size_of(chunk)
         row, content = self.find(chunk.row) or (None, None)
         assert row is not None and content is not None and self.spool is not None
-        return self.objects.has(row.key) or self.spool.has(self.spool.place(content) + chunk.number * CHUNK_BYTES, size)
+        part = chunk_of(row, content, chunk.number)
+        return self.objects.has(row.key) or self.spool.has(self.spool.place(content) + part.begin, part.size)
 
     def keep(self, chunk: Chunk, data: bytes) -> bool:
         """Put a chunk where it is looked for → False for a part of an object, which is in the spool now.
@@ -137,7 +139,8 @@ class Content:
         """
         row, content = self.find(chunk.row) or (None, None)
         assert row is not None and content is not None and self.spool is not None
-        if hashlib.sha256(data).digest() != chunk_of(row, content, chunk.number)[1]:
+        part = chunk_of(row, content, chunk.number)
+        if hashlib.sha256(data).digest() != part.digest:
             raise PackInvalid(f"chunk {chunk.number} of content {row.key[:12]} is not what its digest says")
         if len(data) == row.size_bytes:
             # What overlayfs finds here when it opens the file never asks a server.
@@ -145,13 +148,22 @@ class Content:
                 file.write(data)
                 self.objects.publish(file, row.key)
                 return True
-        self.spool.write(self.spool.place(content) + chunk.number * CHUNK_BYTES, memoryview(data))
+        self.spool.write(self.spool.place(content) + part.begin, memoryview(data))
         return False
 
     def count(self, row: int) -> int:
         """The chunks of the object in that row."""
         found = self.find(row)
-        return 0 if found is None else -(-stored_bytes(*found) // CHUNK_BYTES)
+        return 0 if found is None else chunk_count(*found)
+
+    def numbers(self, block: Block) -> range:
+        """The chunks in which something of a trace's block is: none when there is no such block."""
+        found = self.find(block.row)
+        begin = block.block * BLOCK_BYTES
+        if found is None or begin >= stored_bytes(*found):
+            return range(0)
+        end = min(begin + BLOCK_BYTES, stored_bytes(*found))
+        return range(chunk_at(found[1], begin), chunk_at(found[1], end - 1) + 1)
 
     def close(self) -> None:
         self.spans.close()
@@ -170,12 +182,14 @@ def _make(order: MakePack, content: Content) -> PackMade:
         found = trace.load(directory, digest, order.workload)
         if found is None:
             return PackMade(0, 0, "its trace is gone")
-        wanted = [chunk for chunk in chunks_of(found) if content.find(chunk.row) is not None]
+        wanted = chunks_of(found, content.numbers)[:CHUNKS_MAX]
         here = [chunk for chunk in wanted if content.read(chunk) is not None]
         if len(here) < MADE_SHARE * len(wanted) or not here:
             return PackMade(0, 0, f"of {len(wanted)} chunks {len(here)} are here")
         try:
-            size = save_beside(path, write_pack(digest, here, (_read_again(content, chunk) for chunk in here)))
+            size = save_beside(
+                path, write_pack(content.archive.info.identity, here, (_read_again(content, chunk) for chunk in here))
+            )
         except LookupError:
             return PackMade(0, 0, "what is to be in it has just been removed from this node")
         made = PackMade(len(here), size)
@@ -222,7 +236,7 @@ def _stream(order: StreamPack, content: Content) -> Iterator[Message]:
                     return
             else:
                 try:
-                    yield from _bring(content, Pack(digest, pieces))
+                    yield from _bring(content, Pack(content.archive.info.identity, pieces))
                 except PackInvalid as error:
                     os.unlink(path)  # it is made again
                     yield PackThrough(0, 0, f"{path}: {error}; it is removed")
@@ -248,7 +262,7 @@ def _stream_shared(order: StreamPack, content: Content, digest: str) -> Iterator
                 raise Absent
             etag, pieces = found
             try:
-                yield from _bring(content, Pack(digest, pieces))
+                yield from _bring(content, Pack(content.archive.info.identity, pieces))
             except PackInvalid as error:
                 client.remove(key, etag)
                 yield PackThrough(0, 0, f"bucket {client.name}, {key}: {error}; it is removed")

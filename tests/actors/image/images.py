@@ -91,8 +91,12 @@ class Repository:
         process: dict[str, Any] | None = None,
         media_type: str = f"{OCI}.layer.v1.tar+gzip",
         architecture: str | None = None,
+        annotations: Sequence[dict[str, str]] = (),
     ) -> dict[str, Any]:
-        """Push an image of these tars, gzipped unless `blobs` are given in their place; returns the manifest's descriptor."""
+        """Push an image of these tars, gzipped unless `blobs` are given in their place; returns the manifest's descriptor.
+
+        `annotations`: of its layers.
+        """
         config = {
             "os": "linux",
             "rootfs": {"type": "layers", "diff_ids": list(diff_ids or map(digest, layers))},
@@ -107,6 +111,8 @@ class Repository:
             "config": self.push_blob(json.dumps(config).encode()) | {"mediaType": f"{OCI}.config.v1+json"},
             "layers": [self.push_blob(blob) | {"mediaType": media_type} for blob in packed],
         }
+        for layer, noted in zip(manifest["layers"], annotations, strict=False):
+            layer["annotations"] = noted
         return self.push_document(manifest, tag)
 
     def blob_file(self, of: str) -> Path:

@@ -105,7 +105,7 @@ def test_an_archive_of_an_earlier_version_is_called_one(tmp_path: Path) -> None:
     of_version_1 = tmp_path / "1"
     body = good[:4096] + struct.pack("<8sI4xQQQQQ", b"AERIEIMG", 1, 4096, 4096, 0, 4096, 0)
     of_version_1.write_bytes(body + hashlib.sha256(body).digest())
-    with pytest.raises(ArchiveInvalid, match="of version 1; this daemon reads version 3"):
+    with pytest.raises(ArchiveInvalid, match="of version 1; this daemon reads version 4"):
         Archive.open(str(of_version_1))
 
 

@@ -29,11 +29,15 @@ T = TypeVar("T")
 
 
 class Image:
-    """An image of a repository: its archive in `home`, an empty OBJECTS, and a reference that leads through the proxy."""
+    """An image of a repository: its archive in `home`, an empty OBJECTS, and a reference that leads through the proxy.
 
-    def __init__(self, home: Path, repository: Repository, proxy: Proxy) -> None:
+    `lazy`: its tables of contents are used, if it has any.
+    """
+
+    def __init__(self, home: Path, repository: Repository, proxy: Proxy, lazy: bool = False) -> None:
         self.archive_directory, self.objects_directory = str(home / "archives"), str(home / "objects")
-        built = Build(BuildImage(repository.reference(), self.archive_directory, str(home / "builder's"))).run()
+        order = BuildImage(repository.reference(), self.archive_directory, str(home / "builder's"), lazy=lazy)
+        built = Build(order).run()
         assert isinstance(built, Built)
         self.path = built.archive
         self.proxy = proxy

@@ -20,8 +20,9 @@ from hypothesis import strategies as some
 
 import actors.image.lazy.spool as spool_module
 from actors.image.layers.content import decode_content, stored_bytes
+from actors.image.lazy.held import parts
 from actors.image.lazy.readahead import GROUP_SPANS
-from actors.image.lazy.source import AHEAD_SPANS, _parts
+from actors.image.lazy.source import AHEAD_SPANS
 from actors.image.lazy.spool import Spool, create
 from actors.lazytree.objects import Objects
 from actors.lazytree.server import SourceError
@@ -522,7 +523,7 @@ def test_parts_of_a_sparse_file(data: some.DataObject) -> None:
     offset = data.draw(some.integers(0, len(content) - 1))
     size = data.draw(some.integers(1, len(content) - offset))
     result = bytearray(size)
-    for begin, place, length in _parts(extents, offset, size):
+    for begin, place, length in parts(extents, offset, size):
         result[begin : begin + length] = stored[place : place + length]
     assert result == content[offset : offset + size]
 

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from actors.image.wire import Completed, MakePack, PackAbsent, PackComing, PackM
 from supervisor.channel import Channel, ChannelClosed
 from supervisor.frames import Codec, Message
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
+from tests.actors.image.layers.tables import Tabled, estargz, images, zstd_chunked
 from tests.actors.image.lazy.image import Image, read, running
 from tests.actors.image.proxy import Proxy
 from tests.actors.lazytree.harness import fork
@@ -160,6 +161,35 @@ def test_no_pack_is_made_of_what_is_no_trace(image: Image, blocks: list[tuple[in
         trace.save(image.archive_directory, image.archive.info.digest, WORKLOAD, found)
     made = make(image)
     assert made.problem and not pack_of(image).exists()
+
+
+@pytest.mark.parametrize("writer", [estargz, zstd_chunked])
+def test_of_a_layer_with_a_table_the_chunks_are_those_of_the_table(
+    writer: Callable[..., Tabled], tmp_path: Path, repository: Repository, proxy: Proxy
+) -> None:
+    content = random.Random(1).randbytes(5 << 20)
+    layer = writer(member("f", content), member("g", b"small"))
+    repository.push(layer.tar, **images([layer]))
+    with closing(Image(tmp_path, repository, proxy, lazy=True)) as image, closing(image.elsewhere(tmp_path / "other")) as other:
+        index = image.find(len(content))
+        source = image.source()
+        wanted = [BLOCK_BYTES, 4 * BLOCK_BYTES - 10]
+        running(source, partial(read, image, source, index, *wanted))
+        blocks = [Block(index, number) for number in range(1, 5)]
+        trace.save(image.archive_directory, image.archive.info.digest, WORKLOAD, Trace(blocks))
+        made = make(image)
+        assert (made.chunks > 0, made.problem) == (True, "")
+        assert [type(message) for message in stream(other)] == [PackComing, PackThrough]
+        proxy.forget()
+        source = other.source()
+        assert running(source, partial(read, other, source, index, *wanted)) == content[wanted[0] :][: wanted[1]]
+        assert other.moved_bytes() == 0
+        # A pack for another sort of archive of this image has other numbers in it.
+        stale = b"".join(write_pack(image.archive.info.digest, [Chunk(index, 0)], [content[:CHUNK_BYTES]]))
+        pack_of(image).write_bytes(stale)
+        [said] = stream(other)
+        assert isinstance(said, PackThrough) and "a pack of sha256" in said.problem
+        assert not pack_of(image).exists()
 
 
 def content_here(image: Image) -> closing[Content]:

@@ -1,0 +1,123 @@
+"""Fetching spans of an image's layers into the spool, by threads, each with a registry client of its own.
+
+A fetch holds one piece and one block, however long it is.  All of it that belongs to objects goes to the spool, checked or not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from actors.image.errors import ContentCorrupt, ImageError
+from actors.image.layers.checkpoints import Span, Spans, decompressed
+from actors.image.layers.content import stored_bytes
+from actors.image.lazy.held import Held
+from actors.image.lazy.spool import Spool
+from actors.image.registry.repository import Registry
+from actors.lazytree.server import SourceError
+
+BLOCK_BYTES = 256 << 10
+
+
+class Fetcher:
+    """`layers`: their digests.  `connect` makes a client for the image's repository.  `timeout_s` is for one range.  Thread-safe."""
+
+    def __init__(
+        self,
+        spans: Spans,
+        reference: str,
+        layers: Sequence[str],
+        spool: Spool,
+        held: Held,
+        connect: Callable[[], Registry],
+        timeout_s: float,
+    ) -> None:
+        self.fetched_bytes = 0  # compressed
+        self.has_mirrors = False
+        self.mirrors_distrusted = False
+        self._spans = spans
+        self._reference = reference
+        self._layers = layers
+        self._spool = spool
+        self._held = held
+        self._connect = connect
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._registries: list[Registry] = []
+        self._idle: list[Registry] = []  # of them: those that nobody uses just now
+
+    def transfer(self, layer: int, first: int, last: int) -> list[int]:
+        """Fetch spans into the spool → the objects that are whole there now.  Raises SourceError, OSError."""
+        span = self._spans.run(layer, first, last)
+        while True:
+            try:
+                return self._fetch(layer, span)
+            except ContentCorrupt as error:
+                if self.distrust_mirrors():
+                    continue
+                digest = self._layers[layer]
+                raise SourceError(f"{self._reference}: the registry's copy of {digest} is damaged: {error}") from None
+            except ImageError as error:
+                raise SourceError(str(error)) from None
+
+    def distrust_mirrors(self) -> bool:
+        """Something was not what its digest says: ask the registry only from now on → whether a mirror may have done it."""
+        with self._lock:
+            if self.mirrors_distrusted:
+                return False
+            self.mirrors_distrusted = True
+            asked = [registry.distrust_mirrors() for registry in self._registries]
+            return True in asked
+
+    def _fetch(self, layer: int, span: Span) -> list[int]:
+        registry = self._borrow()
+        pieces = registry.stream_range(self._layers[layer], span.first, span.stop - span.first, timeout_s=self._timeout_s)
+        try:
+            whole = self._scatter(layer, span.begin, span.end, decompressed(span, pieces, BLOCK_BYTES))
+            for _ in pieces:
+                pass  # to its end, so that the connection can be used again
+            return whole
+        finally:
+            pieces.close()
+            self._give_back(registry)
+            with self._lock:
+                self.fetched_bytes += span.stop - span.first
+
+    def _scatter(self, layer: int, begin: int, end: int, blocks: Iterator[bytes]) -> list[int]:
+        """Write what of these blocks, which begin at `begin` of the layer, belongs to objects → those that are whole now."""
+        whole: list[int] = []
+        position, block = begin, memoryview(b"")  # of the block's first byte
+        for index, row, content in self._spans.objects(layer, begin, end):
+            stored, place = stored_bytes(row, content), self._spool.place(content)
+            if self._held.has(row):
+                continue
+            at, stop = max(begin, content.offset), min(end, content.offset + stored)
+            while at < stop:
+                if at >= position + len(block):
+                    position += len(block)
+                    block = memoryview(next(blocks, b""))
+                    if not block:
+                        raise ContentCorrupt("it ends in the middle")
+                    continue
+                part = block[at - position : stop - position]
+                self._spool.write(place + at - content.offset, part)
+                at += len(part)
+            is_inside = begin <= content.offset and content.offset + stored <= end
+            if is_inside or self._held.is_whole(row, content):
+                whole.append(index)
+        return whole
+
+    def _borrow(self) -> Registry:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            registry = self._connect()
+            self.has_mirrors = registry.has_mirrors
+            if self.mirrors_distrusted:
+                registry.distrust_mirrors()
+            self._registries.append(registry)
+            return registry
+
+    def _give_back(self, registry: Registry) -> None:
+        with self._lock:
+            self._idle.append(registry)
