@@ -16,7 +16,7 @@ from actors.image.lazy.spool import Spool
 from actors.image.registry.repository import Registry
 from actors.lazytree.server import SourceError
 
-BLOCK_BYTES = 256 << 10
+BLOCK_BYTES = 64 << 10  # decompressed at once, and then to be had
 
 
 class Fetcher:
@@ -46,12 +46,15 @@ class Fetcher:
         self._registries: list[Registry] = []
         self._idle: list[Registry] = []  # of them: those that nobody uses just now
 
-    def transfer(self, layer: int, first: int, last: int) -> list[int]:
-        """Fetch spans into the spool → the objects that are whole there now.  Raises SourceError, OSError."""
+    def transfer(self, layer: int, first: int, last: int, through: Callable[[int], None]) -> list[int]:
+        """Fetch spans into the spool → the objects that are whole there now.  Raises SourceError, OSError.
+
+        `through` is told, again and again, up to where in the layer all of them has come.
+        """
         span = self._spans.run(layer, first, last)
         while True:
             try:
-                return self._fetch(layer, span)
+                return self._fetch(layer, span, through)
             except ContentCorrupt as error:
                 if self.distrust_mirrors():
                     continue
@@ -69,11 +72,12 @@ class Fetcher:
             asked = [registry.distrust_mirrors() for registry in self._registries]
             return True in asked
 
-    def _fetch(self, layer: int, span: Span) -> list[int]:
+    def _fetch(self, layer: int, span: Span, through: Callable[[int], None]) -> list[int]:
         registry = self._borrow()
         pieces = registry.stream_range(self._layers[layer], span.first, span.stop - span.first, timeout_s=self._timeout_s)
         try:
-            whole = self._scatter(layer, span.begin, span.end, decompressed(span, pieces, BLOCK_BYTES))
+            blocks = _followed(decompressed(span, pieces, BLOCK_BYTES), span.begin, through)
+            whole = self._scatter(layer, span.begin, span.end, blocks)
             for _ in pieces:
                 pass  # to its end, so that the connection can be used again
             return whole
@@ -121,3 +125,11 @@ class Fetcher:
     def _give_back(self, registry: Registry) -> None:
         with self._lock:
             self._idle.append(registry)
+
+
+def _followed(blocks: Iterator[bytes], begin: int, through: Callable[[int], None]) -> Iterator[bytes]:
+    """The same; each counts as come when the next one is asked for, and so is in the spool."""
+    for block in blocks:
+        yield block
+        begin += len(block)
+        through(begin)

@@ -27,12 +27,14 @@ PIECES_MAX = 512  # long chunks of which the digests of their pieces are remembe
 class Missing(NamedTuple):
     """Why a read cannot be answered yet: its `chunk` of the object is not there, or is not right.
 
-    `spans` are all that what is left of the read needs, from this chunk on; in those of `holes`, something of it is missing.
+    `spans` are all that what is left of the read needs, from this chunk on, to the byte `end` of the layer; in those of `holes`,
+    something of it is missing.
     """
 
     chunk: int
     spans: range
     holes: list[int]
+    end: int
 
 
 class Held:
@@ -158,7 +160,7 @@ class Held:
             first, stop = max(first, begin), min(stop, end)
             if not self._spool.has(place + first - content.offset, stop - first):
                 holes.append(number)
-        return Missing(chunk, spans, holes)
+        return Missing(chunk, spans, holes, end)
 
     def lacks(self, row: Row, content: LayerContent, begin: int, end: int) -> bool:
         """Whether something of the object, between these places of its layer, is neither in OBJECTS nor in the spool."""

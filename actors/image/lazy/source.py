@@ -54,13 +54,24 @@ class _Flight:
         self.layer, self.first, self.last = layer, first, last
         self.unasked = unasked  # nobody waited when it began
         self.landed = trio.Event()
+        self.through = 0  # of the layer: all of the flight before it is in the spool
+        self.moved = trio.Event()  # `through` or `landed` has changed
         self.error = ""
         self.waiting = 0
+        self.is_of_use = False  # some of it was read already
         self.scope = trio.CancelScope()
 
     @property
     def spans(self) -> list[tuple[int, int]]:
         return [(self.layer, number) for number in range(self.first, self.last + 1)]
+
+    def move(self) -> None:
+        moved, self.moved = self.moved, trio.Event()
+        moved.set()
+
+    def land(self) -> None:
+        self.landed.set()
+        self.moved.set()
 
 
 class RegistrySource:
@@ -141,6 +152,7 @@ class RegistrySource:
 
     async def run(self) -> None:
         """Fetch what is wanted, for as long as this is not cancelled."""
+        self._trio = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as self._nursery:
             self._running.set()
             await trio.sleep_forever()
@@ -227,7 +239,8 @@ class RegistrySource:
                 raise error
         for flight in flights:
             try:
-                await self._arrival(flight)
+                # The first time, no longer than until what is read has come; if that was not right, the whole flight.
+                await self._arrival(flight, None if fetched else found.end)
             except SourceError:
                 if not flight.unasked:
                     raise  # else it is asked for now, in the next round
@@ -377,14 +390,21 @@ class RegistrySource:
     def _fits(self, flight: _Flight, number: int) -> bool:
         return self._spans.bounds(flight.layer, number)[1] - self._spans.bounds(flight.layer, flight.first)[0] <= RUN_BYTES_MAX
 
-    async def _arrival(self, flight: _Flight) -> None:
-        """Wait for a flight.  When the last one who waits has gone, it is given up.  Raises SourceError."""
+    async def _arrival(self, flight: _Flight, end: int | None = None) -> None:
+        """Wait for a flight, or until it has brought all before the layer's byte `end`.  Raises SourceError.
+
+        When the last one who waits has gone, and nobody has got what he waited for, it is given up.
+        """
         flight.waiting += 1
         try:
-            await flight.landed.wait()
+            while not flight.landed.is_set():
+                if end is not None and flight.through >= end:
+                    flight.is_of_use = True
+                    return
+                await flight.moved.wait()
         finally:
             flight.waiting -= 1
-            if not flight.waiting and not flight.landed.is_set():
+            if not (flight.waiting or flight.is_of_use or flight.landed.is_set()):
                 flight.scope.cancel()
                 self._forget(flight)
         if flight.error:
@@ -395,6 +415,12 @@ class RegistrySource:
             if self._flights.get(span) is flight:
                 del self._flights[span]
 
+    def _followed(self, flight: _Flight, through: int) -> None:
+        """It has come so far.  In the thread that brings it."""
+        flight.through = through  # before `waiting` is looked at: who begins to wait now looks at it after that
+        if flight.waiting:
+            self._trio.run_sync_soon(flight.move)
+
     async def _bring(self, flight: _Flight) -> None:
         rows: list[int] = []
         try:
@@ -404,8 +430,14 @@ class RegistrySource:
                 distrusted = self._fetcher.mirrors_distrusted
                 for make_room in (partial(self._make_room, 0), self._use_memory, None):
                     try:
+                        flight.through = 0
                         rows = await self._in_thread(
-                            self._fetches, self._fetcher.transfer, flight.layer, flight.first, flight.last
+                            self._fetches,
+                            self._fetcher.transfer,
+                            flight.layer,
+                            flight.first,
+                            flight.last,
+                            partial(self._followed, flight),
                         )
                         break
                     except OSError as error:
@@ -428,7 +460,7 @@ class RegistrySource:
             flight.error = f"{self._reference}: {type(error).__name__}: {error}"
         finally:
             self._forget(flight)
-            flight.landed.set()
+            flight.land()
         if rows:
             self._completed(rows)
 
