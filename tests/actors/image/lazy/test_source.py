@@ -28,7 +28,7 @@ from actors.lazytree.objects import Objects
 from actors.lazytree.server import SourceError
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
 from tests.actors.image.lazy.image import Image, damaged, read, running
-from tests.actors.image.proxy import Proxy, silent, status, throttle
+from tests.actors.image.proxy import Proxy, silent, stall, status, throttle
 
 MIB = 1 << 20
 
@@ -459,7 +459,9 @@ def test_on_a_full_disk_what_is_not_needed_makes_room_and_where_there_is_none_me
             assert await read(image, source, index, offset, 1000) == content[offset : offset + 1000]
 
     running(source, body)
-    (small_disk / "other").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
+    with open(small_disk / "other", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:  # what is left of fetches is still being written
+            file.write(bytes(4096))
     other = image.source()  # which knows nothing of what it could give up
 
     async def without_room() -> None:
@@ -476,6 +478,21 @@ def test_on_a_full_disk_what_is_not_needed_makes_room_and_where_there_is_none_me
         assert not other._spool.in_memory and os.fstat(image.spool).st_blocks
 
     running(other, without_room)
+
+
+def test_a_read_is_answered_when_what_it_needs_has_come(image: Image) -> None:
+    """And not when all has that is fetched with it: the rest of the span comes no more."""
+    image.proxy.on("/blobs/", stall(400_000))
+    content = FILES["usr/noise"]
+    source = image.source()
+    index = by_size(image, content)
+
+    async def body() -> None:
+        for _ in range(2):
+            with trio.fail_after(5):
+                assert await read(image, source, index, 1000, 5000) == content[1000:6000]
+
+    running(source, body)
 
 
 def test_an_object_that_was_cut_is_not_taken_for_one(image: Image) -> None:
