@@ -21,7 +21,8 @@ class BuildImage(Message, frozen=True):
     `reference`: as the submitter wrote it.  `platform`: OS/ARCHITECTURE[/VARIANT], "" for this machine's.
     `archive_dir`, `cache_dir`: where archives and objects lie.  `known_digest`: the manifest whose archive and content are
     known to be here, complete and durable; None when there is none.  `access`: as whom, and through which mirrors.  `lazy`: content
-    may be missing, for the image is mounted with a LAZY layer (`ServeImage`) that fetches it.
+    may be missing, for the image is mounted with a LAZY layer (`ServeImage`) that fetches it.  `small_inside`: files that are no larger
+    than a reference to an object (`erofs.REFERENCE_BYTES`) have their content in META, where the archives are.
 
     `bucket`: where the fleet shares archives.  A lazy image's archive is pulled from there, or built here while others wait; any
     archive that is built or found here is pushed there behind the answer, and then `Shared` is the last word.
@@ -43,6 +44,7 @@ class BuildImage(Message, frozen=True):
     entries_max: int = 1_000_000
     time_max_s: float = 3600.0
     lazy: bool = False
+    small_inside: bool = False
     access: Access = Access()
     bucket: Bucket | None = None
 

@@ -1,13 +1,14 @@
-"""META: writes a metadata-only EROFS image, which the kernel mounts from a file (Linux 6.12) in a fraction of a millisecond.
+"""META: writes an EROFS image of metadata, which the kernel mounts from a file (Linux 6.12) in a fraction of a millisecond.
 
 The format is the kernel's `fs/erofs/erofs_fs.h`.  What is used of it: 4 KiB blocks, compact and extended inodes, inline tails,
 inline extended attributes, and for file content a chunk table of one hole.  Overlayfs takes the content from the object that the
-file's `trusted.overlay.redirect` names.  (Long attribute prefixes and shared attributes were weighed and left out: an inode takes whole
-slots of 32 bytes, and what they save falls within one.)
+file's `trusted.overlay.redirect` names.  Content that is no longer than what that costs here (REFERENCE_BYTES) may be a tail instead.
+(Long attribute prefixes and shared attributes were weighed and left out: an inode takes whole slots of 32 bytes, and what they save
+falls within one.)
 
     offset 1024    superblock
-    offset 1152    inodes, each on a 32-byte slot: header | attributes | tail (directory entries, link target, chunk table)
-    next block     directory entries and link targets that are too long for a tail
+    offset 1152    inodes, each on a 32-byte slot: header | attributes | tail (directory entries, link target, content, chunk table)
+    next block     directory entries, link targets and content that are too long for a tail behind their inode's attributes
 
 The same tree gives the same bytes.
 """
@@ -66,7 +67,7 @@ class Node:
 
     `mode` has the type bits; `mtime_ns` counts from 1970 and may be negative; `size` is in bytes and means regular files only;
     `target` is a symbolic link's; `rdev` is a device's as of os.makedev(); `children` is a directory's, by name; `key` (64 hex digits)
-    is the object that has the content of a regular file that is not empty.
+    is the object that has the content of a regular file that is not empty, unless it is in `data`, of at most REFERENCE_BYTES.
     """
 
     mode: int
@@ -79,6 +80,7 @@ class Node:
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     children: dict[bytes, Node] | None = None
     key: str | None = None
+    data: bytes | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -183,7 +185,10 @@ def _check(name: bytes, node: Node) -> None:
         raise ValueError(f"{name!r}: time {node.mtime_ns} ns")
     if kind == S_IFREG and not 0 <= node.size < 1 << 63:
         raise ValueError(f"{name!r}: {node.size} bytes")
-    if kind == S_IFREG and node.size and not _KEY.fullmatch(node.key or ""):
+    if node.data is not None:
+        if kind != S_IFREG or node.key or not 0 < node.size == len(node.data) <= REFERENCE_BYTES:
+            raise ValueError(f"{name!r}: {len(node.data)} bytes of content here where {node.size} should be, or elsewhere")
+    elif kind == S_IFREG and node.size and not _KEY.fullmatch(node.key or ""):
         raise ValueError(f"{name!r}: content without an object (key {node.key!r})")
     if kind == S_IFLNK and not 0 < len(node.target or b"") <= TARGET_BYTES_MAX:
         raise ValueError(f"{name!r}: a link target of {len(node.target or b'')} bytes")
@@ -215,21 +220,21 @@ def _plan(inode: _Inode, epoch_ns: int) -> None:
         inode.size = node.size
     inode.xattrs = _encode_xattrs(node)
     inode.compact = node.mtime_ns == epoch_ns and max(node.uid, node.gid, inode.nlink) < 1 << 16 and inode.size < 1 << 32
-    if kind == S_IFREG and inode.size:
+    if kind == S_IFREG and inode.size and node.data is None:
         inode.layout = _CHUNKED
         inode.tail_bytes = len(_HOLE) * -(-inode.size >> _chunk_bits(inode.size))
-    elif kind in (S_IFDIR, S_IFLNK):
+    elif kind in (S_IFDIR, S_IFLNK) or node.data is not None:
         if kind == S_IFDIR:
             whole, last = len(inode.entries) - 1, sum(_ENTRY.size + len(name) for name, _ in inode.entries[-1])
         else:
-            whole, last = 0, len(node.target or b"")
+            whole, last = 0, len(node.target or node.data or b"")
         # Inode and tail share a block (`_place`); what is longer than half of one would waste too much, or not fit.
         if _head_bytes(inode) + last <= BLOCK_BYTES // 2:
             inode.layout, inode.blocks, inode.tail_bytes = _INLINE, whole, last
             inode.size = whole * BLOCK_BYTES + last
         else:
             inode.blocks = whole + 1
-            inode.size = last if kind == S_IFLNK else inode.blocks * BLOCK_BYTES
+            inode.size = inode.blocks * BLOCK_BYTES if kind == S_IFDIR else last
 
 
 def _head_bytes(inode: _Inode) -> int:
@@ -268,7 +273,7 @@ def _encode_inodes(inodes: list[_Inode], next_block: int) -> Iterator[bytes]:
         elif kind in (S_IFCHR, S_IFBLK):
             union = _encode_device(node.rdev)
         elif inode.layout == _INLINE:
-            tail = node.target or b"" if kind == S_IFLNK else _encode_entries(inode.entries[-1])
+            tail = _encode_entries(inode.entries[-1]) if kind == S_IFDIR else node.target or node.data or b""
         if inode.blocks:
             union, next_block = next_block, next_block + inode.blocks
         form = (0 if inode.compact else 1) | inode.layout << 1
@@ -291,7 +296,7 @@ def _encode_blocks(inodes: list[_Inode]) -> Iterator[bytes]:
             for run in inode.entries[: inode.blocks]:
                 yield _encode_entries(run).ljust(BLOCK_BYTES, b"\0")
         elif inode.blocks:
-            yield (inode.node.target or b"").ljust(BLOCK_BYTES, b"\0")
+            yield (inode.node.target or inode.node.data or b"").ljust(BLOCK_BYTES, b"\0")
 
 
 def _encode_entries(entries: list[tuple[bytes, _Inode]]) -> bytes:
@@ -340,9 +345,7 @@ def _encode_xattr(name: bytes, value: bytes) -> bytes:
 
 
 _METACOPY = _encode_xattr(_OVERLAY + b"metacopy", b"")
+_REDIRECT = _encode_xattr(_OVERLAY + b"redirect", b"/??/".ljust(66, b"?"))
+REFERENCE_BYTES = len(_METACOPY) + len(_REDIRECT) + len(_HOLE)  # what it costs in META that a file's content is an object
 # The area of a file that has no other attributes.  (There is no % in the heads.)
-_OBJECT = (
-    _XATTR_HEADER
-    + _METACOPY
-    + _encode_xattr(_OVERLAY + b"redirect", b"/??/".ljust(66, b"?")).replace(b"??/" + b"?" * 62, b"%b/%b")
-)
+_OBJECT = _XATTR_HEADER + _METACOPY + _REDIRECT.replace(b"??/" + b"?" * 62, b"%b/%b")

@@ -25,6 +25,7 @@ from tests.node.daemon import PATIENCE_S, Daemon, running
 MIB = 1 << 20
 FILES = {f"data/{number}": random.Random(number).randbytes(20_000 + 1000 * number) for number in range(40)}
 LARGE = random.Random(77).randbytes(12 * MIB)
+PASSWD = b"root:x:0:0::/:/bin/sh\n"  # of busybox_layer
 READS = "cat /data/3 /data/5 >/dev/null; dd if=/data/large bs=64k skip=80 count=1 2>/dev/null | md5sum"
 
 
@@ -108,6 +109,11 @@ def test_what_is_on_the_node_already_is_traced_too(tmp_path: Path, built: tuple[
         archives = tmp_path / "state/images/archives"
         until(lambda: list(archives.glob("*.trace")))
         check_trace(traced(archives))
+        # Small files are inside the archive, which they never are while nothing is fetched ahead.
+        assert PASSWD in next(archives.glob("*.aerie")).read_bytes()
+        assert PASSWD not in built[1].read_bytes()
+        task = daemon.run("cat /etc/passwd").task
+        assert daemon.logs(task)[0] == PASSWD
 
 
 def test_nothing_is_traced_when_prefetch_is_off(tmp_path: Path, built: tuple[str, Path], proxy: Proxy) -> None:

@@ -30,7 +30,7 @@ from actors.image.registry.manifests import ConfigDocument, Manifest, Platform, 
 from actors.image.registry.reference import Reference
 from actors.image.registry.repository import Registry
 from actors.image.wire import RESOLVING, BuildImage, Built, Progress, Resolved, Shared
-from actors.lazytree.erofs import Node
+from actors.lazytree.erofs import REFERENCE_BYTES, Node
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import CorruptTable
 
@@ -189,7 +189,7 @@ class Build:
     ) -> Built:
         manifest = registry.manifest(digest)
         config = registry.config(manifest, platform)
-        edition = "".join(f"toc {number};" for number in tables)
+        edition = "".join(f"toc {number};" for number in tables) + "small inside;" * self._order.small_inside
         self._phase = "reading layers"
         with (
             contextlib.closing(Checkpoints(self._order.archive_dir)) as checkpoints,
@@ -226,9 +226,15 @@ class Build:
         stream = LayerStream(decompress(self._counted(blob), checkpoints.add), diff_id, self._budget)
         tree.begin_layer()
         try:
+            small_bytes_max = REFERENCE_BYTES if self._order.small_inside else 0
             for entry in entries(stream, self._budget):
-                key = contents.take(stream, entry, number) if entry.is_file and not is_whiteout(entry) else None
-                tree.add(entry, key)
+                key = data = None
+                if entry.is_file and not is_whiteout(entry):
+                    if 0 < entry.size <= small_bytes_max and entry.extents is None:
+                        data = stream.read_exactly(entry.size)
+                    else:
+                        key = contents.take(stream, entry, number)
+                tree.add(entry, key, data)
             tree.end_layer()
             stream.finish()
             checkpoints.end_layer(blob.size, stream.offset)

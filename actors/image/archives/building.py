@@ -88,6 +88,7 @@ class Building:
             entries_max=settings.entries_max,
             time_max_s=settings.build_timeout_s,
             lazy=True,
+            small_inside=settings.prefetch != "off",  # which means that nothing but archives lies with the archives
             access=Access(self.login, mirrors_of(self.reference.registry, settings.mirrors)),
             bucket=self._bucket,
         )

@@ -63,8 +63,8 @@ class LayeredTree:
                         raise  # no other one can have been its target
                     self._early.append((directory, name, entry))
 
-    def add(self, entry: Entry, key: str | None) -> None:
-        """Add one entry; `key` is the object with its content, None without content.
+    def add(self, entry: Entry, key: str | None, data: bytes | None = None) -> None:
+        """Add one entry; `key` is the object with its content, None without content, or when it is all in `data`.
 
         Raises LayerUnsafe for one that climbs out of the root, ContentCorrupt for one that nothing can be made of, OverBounds.
         """
@@ -81,7 +81,7 @@ class LayeredTree:
                 self._fresh.get(directory, set()).discard(path[-1])  # so that only what comes later is newer than it
                 self._early.append((directory, path[-1], entry))
         else:
-            node = _node(entry, key)
+            node = _node(entry, key, data)
             if not path:
                 if node.children is None:
                     raise ContentCorrupt("a layer has something else than a directory for its root")
@@ -211,7 +211,7 @@ def _components(path: bytes, name: bytes) -> list[bytes]:
     return components
 
 
-def _node(entry: Entry, key: str | None) -> Node:
+def _node(entry: Entry, key: str | None, data: bytes | None) -> Node:
     return Node(
         # Linux gives symbolic links no permissions of their own: all of them are 0777, whatever a layer says.
         mode=entry.mode | 0o777 if stat.S_ISLNK(entry.mode) else entry.mode,
@@ -224,6 +224,7 @@ def _node(entry: Entry, key: str | None) -> Node:
         xattrs={name: value for name, value in entry.xattrs.items() if name.startswith(_XATTR_NAMESPACES)},
         children={} if stat.S_ISDIR(entry.mode) else None,
         key=key,
+        data=data,
     )
 
 

@@ -11,13 +11,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from actors.lazytree import erofs, mounts
-from actors.lazytree.erofs import Node
+from actors.lazytree.erofs import REFERENCE_BYTES, Node
 
 DIRECTORY, FILE, LINK = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777
 KEY = hashlib.sha256(b"content").hexdigest()
@@ -69,7 +70,9 @@ def check(path: Path, node: Node, inodes: dict[Node, int]) -> None:
     kind = stat.S_IFMT(node.mode)
     if kind == stat.S_IFREG:
         assert seen.st_size == node.size
-        if node.size:
+        if node.data is not None:
+            assert path.read_bytes() == node.data
+        elif node.size:
             assert node.key is not None
             expected[b"trusted.overlay.metacopy"] = b""
             expected[b"trusted.overlay.redirect"] = f"/{node.key[:2]}/{node.key[2:]}".encode()
@@ -119,6 +122,9 @@ def leaves(draw: some.DrawFn) -> Node:
     if kind == stat.S_IFREG:
         node.size = draw(some.sampled_from((0, 1, 4096, 4097, (1 << 32) - 1, 1 << 32, 1 << 45, (1 << 45) + 1)))
         node.key = KEY
+        if draw(some.booleans()):
+            node.data, node.key = draw(some.binary(min_size=1, max_size=REFERENCE_BYTES)), None
+            node.size = len(node.data)
     elif kind == stat.S_IFLNK:
         node.mode = kind | 0o777
         node.target = draw(targets) * draw(some.sampled_from((1, 1, 30, 51)))
@@ -256,10 +262,35 @@ BAD = {
     "an unknown attribute": Node(DIRECTORY, children={b"a": Node(FILE, xattrs={b"system.other": b""})}),
     "a long attribute": Node(DIRECTORY, children={b"a": Node(FILE, xattrs={b"user.a": bytes(1 << 16)})}),
     "an attribute without name": Node(DIRECTORY, children={b"a": Node(FILE, xattrs={b"user.": b""})}),
+    "content of another size": Node(DIRECTORY, children={b"a": Node(FILE, size=2, data=b"1")}),
+    "content in two places": Node(DIRECTORY, children={b"a": Node(FILE, size=1, data=b"1", key=KEY)}),
+    "content of a directory": Node(DIRECTORY, children={b"a": Node(DIRECTORY, children={}, size=1, data=b"1")}),
+    "no content where some is": Node(DIRECTORY, children={b"a": Node(FILE, data=b"")}),
+    "too much content": Node(DIRECTORY, children={b"a": Node(FILE, size=REFERENCE_BYTES + 1, data=bytes(REFERENCE_BYTES + 1))}),
     "too many attributes": Node(
         DIRECTORY, children={b"a": Node(FILE, xattrs={b"user.%d" % n: bytes(60000) for n in range(5)})}
     ),
 }
+
+
+def test_a_reference_costs_what_is_said_it_does() -> None:
+    """Content of REFERENCE_BYTES makes META as large as an object's name does, but for what is left free lest a tail crosses a block."""
+
+    def meta_bytes(**content: Any) -> int:
+        files = {b"%d" % number: Node(FILE, size=REFERENCE_BYTES, **content) for number in range(10_000)}
+        return erofs.write(Node(DIRECTORY, children=files), io.BytesIO())
+
+    assert meta_bytes(data=bytes(REFERENCE_BYTES)) <= 1.03 * meta_bytes(key=KEY)
+
+
+def test_content_behind_many_attributes(home: Path) -> None:
+    """A tail and its inode share a block; where both together are too long for half of one, content has a block of its own."""
+    sizes = range(0, 4200, 77)
+    files = {b"%d" % size: Node(FILE, size=5, data=b"12345", xattrs={b"user.a": bytes(size)}) for size in sizes}
+    with Mounted(home, Node(DIRECTORY, children=files)) as root:
+        for size in sizes:
+            assert (root / str(size)).read_bytes() == b"12345"
+            assert os.getxattr(root / str(size), "user.a") == bytes(size)
 
 
 @pytest.mark.parametrize("why", BAD)
