@@ -122,18 +122,20 @@ def _mounted(directory: str) -> frozenset[str]:
 
 
 def _remove(path: str) -> bool:
-    """Remove an archive unless somebody holds it."""
+    """Remove an archive, with its traces and packs, unless somebody holds it."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)  # whoever opened it, and waits for the lock, sees that it has no name
         directory, name = os.path.split(path)
-        for beside in os.listdir(directory):  # traces, which are of no use without it
-            if beside.startswith(name.removesuffix(SUFFIX) + "."):
-                os.unlink(os.path.join(directory, beside))
+        # First what is of no use without it: if this process is killed, the next one finds the archive, and so all of it.
+        for beside in os.listdir(directory):
+            if beside.startswith(name.removesuffix(SUFFIX) + ".") and beside != name:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(directory, beside))
+        os.unlink(path)  # whoever opened it, and waits for the lock, sees that it has no name
         return True
     except (BlockingIOError, FileNotFoundError):
         return False

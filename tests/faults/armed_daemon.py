@@ -25,7 +25,7 @@ HIT_S = 60.0
 
 
 class ArmedDaemon(Daemon):
-    """Its root supervisor, syncer, output mover and image builders are armed."""
+    """Its root supervisor and isolated processes are armed, but those that serve a mount."""
 
     program = Path(__file__).with_name("armed.py")
 

@@ -1,5 +1,5 @@
-"""Every durable operation of a root supervisor, and of a syncer, an output mover and an image builder, by the scenario in which it is
-killed there: the one table of failpoints (`armed`).
+"""Every durable operation of a root supervisor, and of an isolated process that has any, by the scenario in which it is killed there: the
+one table of failpoints (`armed`).
 
 An operation that is not in it fails `test_failpoints`, and so does one that is reached no more.
 """
@@ -292,7 +292,7 @@ ISOLATED: dict[str, dict[str, tuple[str, ...]]] = {
             "say Moved",
             "say Drained",
         ),
-        "started again": ("write RUN/mover.lock", "torn write RUN/mover.lock"),
+        "started again": ("write RUN/processes/N", "write RUN/mover.lock", "torn write RUN/mover.lock"),
     },
     "image builder": {
         "a new image": (
@@ -347,6 +347,8 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
         "keep listener/gateway",
     ),
     "a start": (
+        "write RUN/processes/N",
+        "remove RUN/processes/N",
         "write RUN/mover.lock",
         "torn write RUN/mover.lock",
         "isolate output mover",
@@ -375,6 +377,7 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
         "commit UPDATE tasks.released TASK",
     ),
     "a workspace synced again": (
+        "syncer: write RUN/processes/N",
         "syncer: add intended STATE/tasks/TASK/workspace/synced",
         "syncer: add settled STATE/tasks/TASK/workspace/synced",
         "syncer: link STATE/workspaces/TASK/.aerie-sync/TASK/link",
@@ -391,6 +394,47 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
         "image builder: remove STATE/images/archives/.DIGEST.tmp",
         "image builder: rename STATE/images/archives/DIGEST.aerie",
         "image builder: say Built",
+    ),
+    "content prefetched": (
+        "keep fuse/image/DIGEST",
+        "torn write STATE/images/archives/.DIGEST.tmp",
+        "rename STATE/images/archives/DIGEST.WORKLOAD.trace",
+        "after isolate image prefetcher",
+        "image prefetcher: write RUN/processes/N",
+        "image prefetcher: torn write STATE/images/archives/.DIGEST.tmp",
+        "image prefetcher: rename STATE/images/archives/DIGEST.WORKLOAD.pack",
+        "image prefetcher: say PackMade",
+        "image prefetcher: say PackComing",
+        "image prefetcher: link STATE/images/cache/OBJECT",
+        "image prefetcher: say Completed",
+        "image prefetcher: say PackThrough",
+        "link STATE/images/cache/OBJECT",
+    ),
+    "content evicted": (
+        "after isolate evictor",
+        "evictor: write STATE/images/cache/ledgers/N",
+        "evictor: write STATE/images/cache/evicting",
+        "evictor: utime STATE/images/cache/evicting",
+        "evictor: remove STATE/images/cache/whole/DIGEST",
+        "evictor: add STATE/images/cache/ledgers/N",
+        "evictor: remove STATE/images/cache/OBJECT",
+        "evictor: say Evicted",
+        "commit UPDATE contents.complete",
+    ),
+    "content repaired": (
+        "after isolate checker",
+        "checker: add STATE/images/cache/ledgers/N",
+        "checker: link STATE/images/cache/.OBJECT",
+        "checker: rename STATE/images/cache/OBJECT",
+        "checker: remove STATE/images/cache/.OBJECT",
+        "checker: utime STATE/images/cache/synced",
+        "checker: say Checked",
+    ),
+    "archives evicted": (
+        "evictor: remove STATE/images/archives/DIGEST.WORKLOAD.trace",
+        "evictor: remove STATE/images/archives/DIGEST.WORKLOAD.pack",
+        "evictor: remove STATE/images/archives/DIGEST.aerie",
+        "commit DELETE contents",
     ),
     "a drain": (
         "commit UPDATE tasks.stop_cause cancelled TASK",
@@ -414,6 +458,7 @@ WITH_KEEPER_IN_A_ROW: dict[str, tuple[str, ...]] = {
     ),
 }
 
+PUBLISHERS = ("syncer", "image builder", "image prefetcher", "evictor", "checker")
 # a directory that every start, or job, makes if it is missing, a name on the way to another: a kill before is as one before the next
 AT_EVERY_START = (
     *(f"mkdir {place}" for place in ("STATE/tasks", "STATE/workspaces", "STATE/images", "STATE/images/archives")),
@@ -422,7 +467,7 @@ AT_EVERY_START = (
     *(f"rename STATE/images/cache/{place}" for place in ("limits", "daemons/DAEMON", "boot")),
     "write STATE/images/cache/.boot",
     "write STATE/images/cache/checked",
-    *(f"mkdir RUN/{place}" for place in ("tasks", "runtimes", "runtimes/crun", "served", "images", "removed")),
+    *(f"mkdir RUN/{place}" for place in ("tasks", "processes", "runtimes", "runtimes/crun", "served", "images", "removed")),
     "mkdir STATE/removed",
     "start rm",  # for whichever trees lie there by then: tests/actors/test_removal.py kills it at any instant
     "remove RUN/.PID",
@@ -430,10 +475,20 @@ AT_EVERY_START = (
     "write STATE/reserve",
     "write STATE/boot",
     "commit DELETE leases",
-    *(f"{who}: mkdir STATE/images/cache" for who in ("syncer", "image builder")),
-    *(f"{who}: mkdir STATE/images/cache/ledgers" for who in ("syncer", "image builder")),
-    *(f"{who}: write STATE/images/cache/ledgers/N" for who in ("syncer", "image builder")),
-    *(f"{who}: write STATE/images/cache/synced" for who in ("syncer", "image builder")),
+    *(f"{who}: mkdir STATE/images/cache" for who in PUBLISHERS),
+    *(f"{who}: mkdir STATE/images/cache/ledgers" for who in PUBLISHERS),
+    *(f"{who}: write STATE/images/cache/ledgers/N" for who in PUBLISHERS),
+    *(f"{who}: write STATE/images/cache/synced" for who in PUBLISHERS),
+    *(f"{who}: write RUN/processes/N" for who in PUBLISHERS),
+    *(f"{place} STATE/images/cache/synced" for place in ("chmod", "checker: chmod")),
+    "image prefetcher: write STATE/images/archives/.DIGEST.tmp",
+    "evictor: write RUN/keeper.lock",  # whose holder it looks for
+    "evictor: write STATE/images/archives/DIGEST.aerie",
+    *(f"{verb} RUN/images/DIGEST.lazy" for verb in ("mkdir", "unmount", "mount")),  # as of a workspace's LAZY
+    "isolate image mount IMAGE",
+    "keep spool/image/DIGEST",
+    "write RUN/served/.image/DIGEST.init",
+    "rename RUN/served/image/DIGEST.init",
     "image builder: mkdir STATE/images/archives",
     "syncer: utime STATE/images/cache/trees/STORE",
     "syncer: write STATE/images/cache/trees/.STORE",
@@ -446,7 +501,8 @@ AT_EVERY_START = (
 )
 
 # only when processes of a task outlive its first one for a moment, a container was half made, an image was not whole or has two names;
-# when a sync was killed, a tag was asked for again, or a task lives on after it has read
+# when a sync was killed, a tag was asked for again, or a task lives on after it has read; when the writer of a trace or pack was killed;
+# when an evictor found less than it should, or something that somebody still reads
 SOMETIMES = (
     "write GROUP/TASK.N/cgroup.kill",
     "start crun delete",
@@ -461,6 +517,11 @@ SOMETIMES = (
     "syncer: remove STATE/workspaces/TASK/.aerie-sync/TASK/symlink",
     "syncer: say Cached",
     "image builder: say Resolved",
+    *(f"{who}remove STATE/images/archives/.DIGEST.tmp" for who in ("", "image prefetcher: ")),
+    *(f"image prefetcher: {what} STATE/images/cache/ledgers/N" for what in ("add", "write")),
+    *(f"evictor: {verb} STATE/images/cache/short" for verb in ("write", "remove")),
+    "evictor: write STATE/images/cache/.unlinked",
+    "evictor: rename STATE/images/cache/unlinked",
 )
 
 

@@ -153,7 +153,8 @@ def a_new_image(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
     with kill(task):
         daemon.submit(["/bin/busybox", "cat", "/name"], task=task, image=image)
         result = daemon.result(task)
-    assert result.exit_code == 0 and daemon.logs(task)[0] == task.encode()
+    assert (result.exit_code, result.error) == (0, None), (result, daemon.log.read_text()[-3000:])
+    assert daemon.logs(task) == (task.encode(), b"")
 
 
 def image_mount(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
@@ -269,7 +270,7 @@ def started_again(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
     """The isolated processes are killed, and again as they are started."""
     with kill(task):
         for name in ("syncer", "output mover"):
-            os.kill(daemon.pid_of(name), signal.SIGKILL)
+            os.kill(daemon.wait_pid(name), signal.SIGKILL)
         store = make_store(daemon, task)
         daemon.submit(BEGIN + READ + PRINT, task=task, workspace=task)
         result = daemon.result(task)

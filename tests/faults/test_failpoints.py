@@ -1,7 +1,7 @@
-"""A root supervisor, syncer, output mover or image builder that is killed between any two durable operations of a task's life: the task
-ends as if it had not been.
+"""A root supervisor or an isolated process that is killed between any two durable operations of a task's life: the task ends as if it
+had not been.
 
-`failpoints` has the table of these operations, `armed` how they are seen, `scenarios` the lives.
+`failpoints` has the table of these operations, `armed` how they are seen, `scenarios` and `keeping` the lives.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 
 from actors.gateway.messages import Stop
 from tests.actors.image.images import RunningRegistry
+from tests.faults import keeping
 from tests.faults.armed_daemon import ArmedDaemon
 from tests.faults.failpoints import IN_A_ROW, KEEPER_TOO, WITH_KEEPER_IN_A_ROW, killed_at, known, operations
 from tests.faults.scenarios import BEGIN, IN_A_ROW_SCENARIOS, PRINT, READY, SCENARIOS, Kill, check_ended
@@ -122,6 +123,24 @@ def test_killed_again_and_again_at_its_first_start_and_in_its_drain(
             assert daemon.stop() == 0
         assert daemon.leavings_after_stop() == []
         shared.seen.update(name for name in daemon.reached("task-one", "task-two") if "task-" not in name)
+    finally:
+        daemon.close_client()
+        daemon.clear_away()
+        daemon.reap()
+
+
+def test_killed_again_and_again_while_content_is_prefetched_repaired_and_evicted(
+    tmp_path: Path, image: str, registry: RunningRegistry, shared: Shared
+) -> None:
+    daemon = ArmedDaemon(tmp_path, image, registry, **keeping.SETTINGS)
+    try:
+        daemon.start()
+        for scenario, live in keeping.SCENARIOS.items():
+            task = f"task-{next(numbers)}"
+            live(daemon, task, lambda about, scenario=scenario: daemon.killed_at(about, *IN_A_ROW[scenario]))
+            shared.seen.update(name for name in daemon.reached(task) if "task-" not in name)
+        assert daemon.stop() == 0
+        assert daemon.leavings_after_stop() == []
     finally:
         daemon.close_client()
         daemon.clear_away()
