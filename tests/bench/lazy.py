@@ -12,7 +12,7 @@ from actors.image.archives.archive import Archive
 from actors.lazytree.objects import Objects
 from tests.actors.image.images import directory, member, tar
 from tests.actors.image.proxy import Proxy
-from tests.actors.lazytree.test_bounds import private_bytes
+from tests.actors.lazytree.harness import private_bytes
 from tests.bench.site import Site
 from tests.bench.table import Row, within
 from tests.node.conftest import busybox_layer
