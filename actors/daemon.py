@@ -19,6 +19,7 @@ DRAIN_MARGIN_S = 30.0  # over `daemon.drain_timeout`: stopping, syncing back and
 PRELOAD = (
     "actors.mount.serve",
     "actors.mount.process",
+    "actors.image.serve",
     "actors.image.archives.process",
     "actors.image.prefetch.process",
     "actors.output.process",
