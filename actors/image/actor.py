@@ -469,7 +469,8 @@ class ImageActor(Actor):
             self._watch_idle(image)
         for preparing in [preparing for preparing in self._preparing.values() if preparing.late and preparing.resolving]:
             self._over(preparing)  # it builds nothing
-        self.after(SHARING_PATIENCE_S, messages.StopSharing())
+        # Running tasks would get no longer, either.
+        self.after(min(SHARING_PATIENCE_S, self._services.settings.daemon.drain_timeout_s), messages.StopSharing())
         self._check_closed()
         return done
 

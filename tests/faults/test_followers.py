@@ -16,7 +16,7 @@ import pytest
 from tests.faults.test_kills import wait_for_lines
 from tests.node.daemon import PATIENCE_S, PROGRAM, Daemon, running
 
-LINES = 250
+LINES = 130
 SCRIPT = f"i=0; while [ $i -lt {LINES} ]; do i=$((i+1)); echo out $i; echo err $i >&2; sleep 0.03; done; exit 7"
 OUT, ERR = ("".join(f"{word} {number}\n" for number in range(1, LINES + 1)).encode() for word in ("out", "err"))
 
@@ -71,7 +71,7 @@ def is_socket(link: Path) -> bool:
 
 
 def lines(*tasks: tuple[str, int], image: str) -> bytes:
-    rows = [{"image": image, "command": ["/bin/sh", "-c", f"sleep 2; exit {code}"], "id": task} for task, code in tasks]
+    rows = [{"image": image, "command": ["/bin/sh", "-c", f"sleep 0.7; exit {code}"], "id": task} for task, code in tasks]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
@@ -86,7 +86,7 @@ def test_they_outlast_keeper_and_root_supervisor(own: Daemon, away_s: float) -> 
     clients.start(
         "batch", "batch", "--parallel", "3", "-", stdin=lines(*((f"line-{n}", n) for n in range(1, 7)), image=own.image)
     )
-    clients.start("stop", "stop", "--json", own.submit("trap '' TERM; sleep 8; exit 4", task="stopped"))
+    clients.start("stop", "stop", "--json", own.submit("trap '' TERM; sleep 4; exit 4", task="stopped"))
     clients.wait_connected()
     wait_for_lines(own, "submitted", 5)
     for pid in (own.pid_of("keeper"), own.pid_of("root supervisor")):

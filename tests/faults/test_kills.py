@@ -58,7 +58,7 @@ def task(daemon: Daemon) -> str:
 def wait_for_lines(daemon: Daemon, task: str, count: int) -> None:
     """Wait until a task has printed that many lines to stdout."""
     output = daemon.state / "tasks" / task / "output"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not output.exists():
         assert time.monotonic() < deadline
         daemon.tree()  # made with the container; every look takes a moment
@@ -165,7 +165,7 @@ def test_a_conmon_that_found_nobody_to_tell_that_it_has_created_costs_no_output(
     (tmp_path / "node").mkdir()
     with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
         task = daemon.submit("echo ran >> ran; echo out; echo err >&2; exit 7", workspace="work")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not stopped.exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)

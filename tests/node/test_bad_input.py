@@ -265,7 +265,7 @@ def test_tasks_that_run_when_the_state_disk_fills_have_their_results(tmp_path: P
                 daemon.wait_running(task)
             fill(disk)
             for task in tasks:
-                daemon.client.ask(Stop(daemon.client.number(), task, force=True), timeout_s=20)
+                daemon.client.ask(Stop(daemon.client.number(), task, force=True), timeout_s=60)
             assert {daemon.result(task).reason for task in tasks} == {"cancelled"}
             daemon.close_client()
             os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)

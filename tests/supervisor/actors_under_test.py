@@ -11,7 +11,7 @@ from supervisor.actor import Actor
 from supervisor.exits import Begun, Exited
 from supervisor.system import System
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 60.0
 
 
 class Log:

@@ -13,7 +13,7 @@ from supervisor.worker import Ended, Said, Worker
 from tests.supervisor.actors_under_test import TIMEOUT_S, Log
 from tests.supervisor.processes_under_test import Say
 
-SILENCE_S = 0.3
+SILENCE_S = 0.6
 
 
 class Boss(Actor):

@@ -35,14 +35,14 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = set(descendants())  # a registry that other tests share, for instance
     become_subreaper(True)  # so that orphans below are seen, and reaped, here
     yield
-    left = [pid for pid in descendants() if pid not in before and not ends(pid, 5.0)]
+    left = [pid for pid in descendants() if pid not in before and not ends(pid, 60)]
     for pid in left:
         kill(pid)
     become_subreaper(False)
     reap()
     assert not left
     for thread in set(threading.enumerate()) - threads:
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive(), thread
     if opened() - descriptors:
         gc.collect()  # what a failed assertion, for instance, still refers to

@@ -15,7 +15,7 @@ from supervisor.sockets import connect_to
 from tests.supervisor.descendants import descendants, ends, kill
 from tests.supervisor.programs_under_test import FROM_ROOT, Ask, Holds, argv
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 class Daemon:

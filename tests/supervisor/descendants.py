@@ -57,4 +57,4 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-    assert ends(pid, 10.0)
+    assert ends(pid, 60)

@@ -80,8 +80,13 @@ def main(what: str, directory: Path) -> int:
             script.write_text("#!/bin/sh\nexec " + " ".join(argv("root", directory)) + "\n")
             script.chmod(0o700)
             return run_keeper(Plan(directory, [str(script)], argv("fork-server", directory), DRAIN_TIMEOUT_S))
-        case "keeper-of-nothing":  # until somebody makes the program
-            return run_keeper(Plan(directory, [str(directory / "program")], argv("fork-server", directory), DRAIN_TIMEOUT_S))
+        case "keeper-of-nothing":  # until somebody makes the program; it has patience with a drain
+            return run_keeper(Plan(directory, [str(directory / "program")], argv("fork-server", directory), 60.0))
+        case "impatient":
+            from supervisor import succession
+
+            succession.TAKE_S = 4.0
+            return run_keeper(plan)
         case "fork-server":
             from supervisor.forkserver import main as serve_forks
 

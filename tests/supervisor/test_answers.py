@@ -48,14 +48,14 @@ def test_a_race_of_setters_and_a_listener_is_heard_once() -> None:
         start = threading.Barrier(3)
 
         def settle(value: int, deferred: Deferred = deferred, start: threading.Barrier = start) -> None:
-            start.wait(5)
+            start.wait(60)
             deferred.set(value)
 
         threads = [threading.Thread(target=settle, args=(number,)) for number in range(2)]
         for thread in threads:
             thread.start()
-        start.wait(5)
+        start.wait(60)
         deferred.then(lambda good, value, heard=heard: heard.append((good, value)))
         for thread in threads:
-            thread.join(5)
+            thread.join(60)
         assert heard in ([(True, 0)], [(True, 1)])

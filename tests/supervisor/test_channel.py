@@ -73,7 +73,7 @@ def test_two_threads_with_time_outs_of_their_own_do_not_disturb_each_other(ends)
         here.send(Note("out"), timeout_s=0)
         there.receive()
     there.send(Note("in"))
-    reading.join(5)
+    reading.join(60)
     assert got == ["in"]
 
 

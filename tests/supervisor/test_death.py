@@ -26,6 +26,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 import supervisor
 from supervisor import pidfd
 from supervisor.channel import Channel
@@ -99,17 +101,22 @@ def test_a_process_is_dead_though_its_child_holds_its_channel_open(bosses: Bosse
     kill(grandchild)
 
 
+@pytest.mark.alone
 def test_a_process_that_is_stopped_is_replaced_within_five_seconds_by_default(bosses: Bosses) -> None:
     boss = bosses("beat", heartbeat=True, again=True, silence_s=SILENCE_S)
     assert boss.next() == Started("worker", 1)
-    assert boss.next() == Said("worker", 1, Say("beat"))
-    stopped = pid(boss)
-    os.kill(stopped, signal.SIGSTOP)
-    began = time.monotonic()
-    assert boss.next_but_beats() == Ended("worker", 1, "killed by signal 9", hung=True)
-    assert boss.next_but_beats() == Started("worker", 2)
-    assert boss.next() == Said("worker", 2, Say("beat"))
-    assert time.monotonic() - began < 5.0
+    took_s: list[float] = []
+    while not took_s or min(took_s) >= 5.0:
+        assert len(took_s) < 3, took_s  # once it may be the machine that had something else to do
+        number = len(took_s) + 1
+        assert boss.next() == Said("worker", number, Say("beat"))
+        stopped = pid(boss)
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        assert boss.next_but_beats() == Ended("worker", number, "killed by signal 9", hung=True)
+        assert boss.next_but_beats() == Started("worker", number + 1)
+        assert boss.next() == Said("worker", number + 1, Say("beat"))
+        took_s.append(time.monotonic() - began)
 
 
 # --- a pid that is used again ---

@@ -68,7 +68,7 @@ def test_a_stand_in_starts_the_fork_server_again_and_drains(daemon: Daemon, tmp_
     kill(stand_in.fork_server_pid)
     assert daemon.state(lambda state: state.fork_server_pid not in (0, stand_in.fork_server_pid)).pid == stand_in.pid
     os.kill(stand_in.pid, signal.SIGTERM)
-    assert ends(stand_in.pid, 10) and ends(root, 10)
+    assert ends(stand_in.pid, 60) and ends(root, 60)
     assert (tmp_path / "drained").exists()
 
 
@@ -79,7 +79,7 @@ def test_a_keeper_that_somebody_starts_takes_a_stand_in_s_place(daemon: Daemon) 
     kill(first.pid)
     stand_in = daemon.kept("a").pid
     second = daemon.start()
-    assert ends(stand_in, 10)
+    assert ends(stand_in, 60)
     state = daemon.state()
     assert (state.pid, state.stand_in, state.fork_server_pid, state.names) == (second.pid, False, server, ["a"])
     after = daemon.ask()
@@ -158,7 +158,7 @@ class Played:
 
     def hear(self) -> Any:
         assert self.channel is not None
-        message, descriptors = self.channel.receive(10)
+        message, descriptors = self.channel.receive(60)
         for descriptor in descriptors:
             os.close(descriptor)
         return message
@@ -225,7 +225,7 @@ def test_a_keeper_that_dies_while_it_hands_over_is_no_keeper(played: Played, dae
     played.channel.close()
     connection, _ = played._listener.accept()  # it comes back at once, greets…
     half = Channel(connection, TO_KEEPER)
-    assert half.receive(10) == (Hello(notes=True), [])
+    assert half.receive(60) == (Hello(notes=True), [])
     half.send(Welcome(1, False, False))
     half.close()  # …and is left alone
     played.greet({})

@@ -40,7 +40,7 @@ def fork(client: Channel, entry: str) -> tuple[Forked, int, socket.socket]:
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with there:
         client.send(Fork(entry, f"{ENTRIES}:{entry}", TO_CHILD.encode(Say("hello"))), [there.fileno()])
-    answer, descriptors = client.receive(10)
+    answer, descriptors = client.receive(60)
     assert isinstance(answer, Forked)
     return answer, descriptors[0], here
 
@@ -48,26 +48,26 @@ def fork(client: Channel, entry: str) -> tuple[Forked, int, socket.socket]:
 def assert_serves(client: Channel) -> None:
     _, pidfd, end = fork(client, "echo")
     end.close()
-    assert select.select([pidfd], [], [], 10)[0]
+    assert select.select([pidfd], [], [], 60)[0]
     os.close(pidfd)
 
 
 @pytest.mark.parametrize("garbage", [b"garbage", b"\xc1", b"\x80", b"x" * (200 << 10)], ids=["text", "byte", "map", "too long"])
 def test_garbage_is_refused_and_the_next_request_is_served(client: Channel, garbage: bytes) -> None:
     client.socket.send(garbage)
-    answer, _ = client.receive(10)
+    answer, _ = client.receive(60)
     assert isinstance(answer, ForkFailed) and answer.error
     assert_serves(client)
 
 
 def test_a_request_without_a_channel_is_refused(client: Channel) -> None:
     client.send(Fork("a", f"{ENTRIES}:echo", b""))
-    assert client.receive(10) == (ForkFailed(f"a: {ENTRIES}:echo is no entry, or it came without a channel"), [])
+    assert client.receive(60) == (ForkFailed(f"a: {ENTRIES}:echo is no entry, or it came without a channel"), [])
 
 
 def test_more_descriptors_than_are_allowed_are_refused(client: Channel) -> None:
     client.send(Fork("a", f"{ENTRIES}:echo", b""), [1] * 65)
-    answer, _ = client.receive(10)
+    answer, _ = client.receive(60)
     assert isinstance(answer, ForkFailed) and "more bytes or descriptors than are allowed" in answer.error
     assert_serves(client)
 
@@ -96,7 +96,7 @@ def test_children_are_reaped(client: Channel, fork_server: subprocess.Popen[byte
         answer, pidfd, end = fork(client, "outlive")
         pids.append(answer.pid)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        assert select.select([pidfd], [], [], 10)[0]
+        assert select.select([pidfd], [], [], 60)[0]
         os.close(pidfd)
         end.close()
     assert_serves(client)  # a round later at the latest
@@ -108,12 +108,12 @@ def test_children_are_reaped(client: Channel, fork_server: subprocess.Popen[byte
 def test_sigterm_ends_it_and_none_of_its_children(client: Channel, fork_server: subprocess.Popen[bytes]) -> None:
     _, pidfd, end = fork(client, "outlive")
     fork_server.terminate()
-    assert fork_server.wait(10) == 0
+    assert fork_server.wait(60) == 0
     assert not select.select([pidfd], [], [], 0)[0]
     with pytest.raises(ChannelClosed):
-        client.receive(10)
+        client.receive(60)
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    assert select.select([pidfd], [], [], 10)[0]
+    assert select.select([pidfd], [], [], 60)[0]
     os.close(pidfd)
     end.close()
 
@@ -124,7 +124,7 @@ def test_a_terminal_s_interrupt_does_not_end_it(client: Channel, fork_server: su
 
 
 def test_there_is_one_to_a_lock(client: Channel, tmp_path: Path) -> None:
-    second = subprocess.run(argv("fork-server", tmp_path), timeout=10, check=False, capture_output=True)
+    second = subprocess.run(argv("fork-server", tmp_path), timeout=60, check=False, capture_output=True)
     assert (second.returncode, second.stderr) == (0, b"")
     assert_serves(client)  # it has not taken the first one's place
 
@@ -134,7 +134,7 @@ def test_there_is_one_to_a_lock(client: Channel, tmp_path: Path) -> None:
 
 def spare_of(server: subprocess.Popen[bytes], other_than: int = 0) -> int:
     """Wait for the spare → its pid."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         for pid in map(int, Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
@@ -150,7 +150,7 @@ def test_the_spare_becomes_what_is_asked_for_and_another_is_forked(
         spare = spare_of(fork_server)
         answer, pidfd, end = fork(client, "echo")
         channel = Channel(end, FROM_CHILD)
-        report, _ = channel.receive(10)
+        report, _ = channel.receive(60)
         assert answer.pid == spare == report.pid == report.session
         assert report.name == "echo"
         # Nothing of the fork server's: its lock would not be given back while this process lives.
@@ -158,7 +158,7 @@ def test_the_spare_becomes_what_is_asked_for_and_another_is_forked(
         assert len([path for path in report.descriptors.values() if path.startswith("socket:")]) == 1
         spare_of(fork_server, other_than=spare)
         channel.close()
-        assert select.select([pidfd], [], [], 10)[0]
+        assert select.select([pidfd], [], [], 60)[0]
         os.close(pidfd)
 
 
@@ -183,13 +183,13 @@ def test_many_at_once_have_one_spare_and_are_all_served(tmp_path: Path, fork_ser
     os.kill(fork_server.pid, signal.SIGCONT)
     pids = set()
     for client, end in zip(clients, ends, strict=True):
-        answer, (pidfd,) = client.receive(10)
-        report, _ = end.receive(10)
+        answer, (pidfd,) = client.receive(60)
+        report, _ = end.receive(60)
         assert report.pid == answer.pid
         pids.add(answer.pid)
         end.close()
         client.close()
-        assert select.select([pidfd], [], [], 10)[0]
+        assert select.select([pidfd], [], [], 60)[0]
         os.close(pidfd)
     assert len(pids) == 5
 
@@ -197,12 +197,12 @@ def test_many_at_once_have_one_spare_and_are_all_served(tmp_path: Path, fork_ser
 def test_the_spare_ends_with_the_fork_server(fork_server: subprocess.Popen[bytes], client: Channel) -> None:
     spare = spare_of(fork_server)
     fork_server.send_signal(signal.SIGTERM)
-    assert fork_server.wait(10) == 0
+    assert fork_server.wait(60) == 0
     assert not Path(f"/proc/{spare}").exists()  # before, and reaped: nothing is left when the daemon has ended
 
 
 def test_the_spare_ends_when_the_fork_server_is_killed(fork_server: subprocess.Popen[bytes], client: Channel) -> None:
     spare = os.pidfd_open(spare_of(fork_server))
     fork_server.kill()
-    assert select.select([spare], [], [], 10)[0]
+    assert select.select([spare], [], [], 60)[0]
     os.close(spare)

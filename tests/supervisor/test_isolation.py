@@ -46,13 +46,13 @@ def start(isolation: Isolation) -> Iterator[Start]:
 
 def wait_for(process: Process) -> int | None:
     """Wait for its end → its exit code, as `subprocess` has it."""
-    assert select.select([process.pidfd], [], [], 10)[0]
+    assert select.select([process.pidfd], [], [], 60)[0]
     status = wait_status(process.pidfd)
     return None if status is None else os.waitstatus_to_exitcode(status)
 
 
 def hear(process: Process) -> Any:
-    return process.channel.receive(10)[0]
+    return process.channel.receive(60)[0]
 
 
 def test_a_process_is_started_and_spoken_to(start: Start) -> None:
@@ -137,7 +137,7 @@ def test_a_process_ends_when_its_channel_is_closed(start: Start) -> None:
     pidfd = os.dup(process.pidfd)
     process.close()
     process.close()  # once is enough
-    assert select.select([pidfd], [], [], 10)[0]
+    assert select.select([pidfd], [], [], 60)[0]
     os.close(pidfd)
 
 
@@ -147,7 +147,7 @@ def test_the_death_of_the_fork_server_hurts_no_process_and_no_request(
     before = start("echo")
     hear(before)
     fork_server.kill()
-    fork_server.wait(10)
+    fork_server.wait(60)
     before.channel.send(Say("still there?"))
     assert hear(before).text == "still there?"
     # The next one is started, and only afterwards is ready; a request waits for it.
@@ -162,13 +162,20 @@ def test_the_death_of_the_fork_server_hurts_no_process_and_no_request(
 def test_the_fork_server_is_killed_again_and_again_while_processes_are_started(start: Start, tmp_path: Path) -> None:
     killer = (
         "import subprocess, sys, time\n"
+        "from pathlib import Path\n"
+        "from supervisor.lockfile import sign_of\n"
         "while True:\n"
-        "    server = subprocess.Popen(sys.argv[1:])\n"
-        "    time.sleep(0.3)\n"
+        "    server = subprocess.Popen(sys.argv[2:])\n"
+        "    while (sign := sign_of(Path(sys.argv[1]))).pid != server.pid or not sign.beats:\n"
+        "        time.sleep(0.01)\n"
+        "    time.sleep(0.05)\n"
         "    server.kill()\n"
         "    server.wait()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", killer, *argv("fork-server", tmp_path)], start_new_session=True) as again:
+    lock = str(tmp_path / "forkserver.lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", killer, lock, *argv("fork-server", tmp_path)], start_new_session=True
+    ) as again:
         for number in range(20):
             process = start("echo", str(number))
             assert hear(process).text == str(number)

@@ -61,7 +61,7 @@ def test_a_living_one_before_a_dead_one_and_of_two_the_root_supervisor_s(
     assert orders.get("a") is kept and is_open(kept.pidfd) and is_open(kept.channel)
     assert not is_open(closed.pidfd) and not is_open(closed.channel)
     ended = sleepers[0 if taken else 1]
-    assert ended.wait(10) == -signal.SIGKILL
+    assert ended.wait(60) == -signal.SIGKILL
     kept.close()
 
 
@@ -73,7 +73,7 @@ def test_the_same_process_again_changes_nothing(sleepers: list[subprocess.Popen[
     assert not orders.put("a", again)
     assert orders.get("a") is one and not has_ended(one.pidfd) and not is_open(again.pidfd)
     orders.dismiss("a")
-    assert sleepers[0].wait(10) == -signal.SIGKILL
+    assert sleepers[0].wait(60) == -signal.SIGKILL
     assert orders.names() == [] and orders.get("a") is None
     orders.dismiss("a")
     other.close()

@@ -30,14 +30,14 @@ def alone(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=["actors", "rule book"])
 def test_an_example_prints_what_it_says(alone: Path, code: str, output: str) -> None:
     (alone / "example.py").write_text(code)
-    done = subprocess.run([sys.executable, "example.py"], cwd=alone, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "example.py"], cwd=alone, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == output
 
 
 def test_every_module_loads_by_itself(alone: Path) -> None:
     modules = sorted(path.stem for path in (alone / "supervisor").glob("*.py") if path.stem != "__init__")
     script = "import importlib, sys; [importlib.import_module('supervisor.' + name) for name in sys.argv[1:]]"
-    subprocess.run([sys.executable, "-c", script, *modules], cwd=alone, timeout=30, check=True)
+    subprocess.run([sys.executable, "-c", script, *modules], cwd=alone, timeout=60, check=True)
 
 
 def test_it_depends_on_what_it_says() -> None:

@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> str:
 
 def test_what_was_written_is_read_and_is_there_when_opened_again(path: str) -> None:
     store = Store(path, SCHEMA)
-    store.write(("INSERT INTO lines VALUES (?, ?)", (1, "one"))).result(5)
+    store.write(("INSERT INTO lines VALUES (?, ?)", (1, "one"))).result(60)
     assert store.read("SELECT text FROM lines WHERE number = ?", 1) == [("one",)]
     store.close()
     again = Store(path, SCHEMA)
@@ -36,10 +36,10 @@ def test_statements_of_one_request_are_applied_together_or_not_at_all(path: str)
     first = store.write(("INSERT INTO lines VALUES (1, 'a')", ()))
     broken = store.write(("INSERT INTO lines VALUES (2, 'b')", ()), ("INSERT INTO lines VALUES (1, 'again')", ()))
     last = store.write(("INSERT INTO lines VALUES (3, 'c')", ()))
-    first.result(5)
-    last.result(5)
+    first.result(60)
+    last.result(60)
     with pytest.raises(sqlite3.IntegrityError):
-        broken.result(5)
+        broken.result(60)
     assert store.read("SELECT number FROM lines ORDER BY number") == [(1,), (3,)]
     store.close()
 
@@ -47,7 +47,7 @@ def test_statements_of_one_request_are_applied_together_or_not_at_all(path: str)
 def test_requests_made_at_once_share_commits(path: str) -> None:
     store = Store(path, SCHEMA)
     for done in [store.write(("INSERT INTO lines VALUES (?, '')", (number,))) for number in range(1000)]:
-        done.result(5)
+        done.result(60)
     assert store.read("SELECT count(*) FROM lines") == [(1000,)]
     store.close()
 
@@ -113,7 +113,7 @@ def test_on_a_full_disk_what_is_held_back_is_used(tmp_path: Path) -> None:
             number = 0
             while (disk / "reserve").exists():
                 number += 1
-                store.write(("INSERT INTO lines VALUES (?, ?)", (number, "x" * 10_000))).result(5)
+                store.write(("INSERT INTO lines VALUES (?, ?)", (number, "x" * 10_000))).result(60)
             assert store.read("SELECT count(*) FROM lines") == [(number,)]
             assert not reserve.hold() and not (disk / "reserve").exists()
             file.truncate(0)
@@ -127,7 +127,7 @@ def test_a_full_disk_is_an_error_of_the_request_and_the_store_goes_on(path: str)
     store = Store(path, SCHEMA)
     store._database.execute("PRAGMA max_page_count = 8")
     with pytest.raises(sqlite3.OperationalError, match="full"):
-        store.write(("INSERT INTO lines VALUES (1, ?)", ("x" * 100_000,))).result(5)
-    store.write(("INSERT INTO lines VALUES (2, 'small')", ())).result(5)
+        store.write(("INSERT INTO lines VALUES (1, ?)", ("x" * 100_000,))).result(60)
+    store.write(("INSERT INTO lines VALUES (2, 'small')", ())).result(60)
     assert store.read("SELECT number FROM lines") == [(2,)]
     store.close()

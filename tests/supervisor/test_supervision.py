@@ -678,6 +678,7 @@ def measured_s(count: int, dynamic: bool) -> float:
     return time.thread_time() - began
 
 
+@pytest.mark.alone
 def test_otp_62_simple_one_for_one_scale_many_temporary_children() -> None:
     measured_s(1000, dynamic=True)
     few_s, many_s = min(measured_s(500, dynamic=True) for _ in range(3)), measured_s(5000, dynamic=True)
@@ -742,6 +743,7 @@ def test_otp_67_order_of_children(strategy: Strategy) -> None:
     assert [line for line in world.take() if line.startswith("tell")] == [f"tell {name}" for name in "edcba"]
 
 
+@pytest.mark.alone
 def test_otp_68_scale_start_stop_many_children() -> None:
     measured_s(1000, dynamic=False)
     few_s, many_s = min(measured_s(1000, dynamic=False) for _ in range(3)), measured_s(30_000, dynamic=False)

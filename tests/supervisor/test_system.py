@@ -23,7 +23,7 @@ class Box:
         self.messages.put(message)
 
     def get(self) -> Any:
-        return self.messages.get(timeout=5)
+        return self.messages.get(timeout=60)
 
     def empty(self) -> bool:
         return self.messages.empty()
@@ -88,7 +88,7 @@ def test_what_waited_comes_before_what_is_asked_later(system: System) -> None:
             asks[0].join(0.1)  # it can only be done now if it overtakes
 
     system.register("a", target)
-    asks[0].join(5)
+    asks[0].join(60)
     assert came == [0, 1, 2, 3]
 
 
@@ -212,11 +212,11 @@ def test_many_askers_of_a_name_that_comes_and_goes_are_all_answered_once(system:
     for thread in [goer, *threads]:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     try:
-        numbers = [answered.get(timeout=20).request for _ in range(800)]
+        numbers = [answered.get(timeout=60).request for _ in range(800)]
     finally:
         done.set()
-        goer.join(5)
+        goer.join(60)
     assert set(numbers) == set().union(*asked)
     assert answered.empty()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import threading
 import time
@@ -140,8 +141,8 @@ def test_when_a_child_cannot_even_be_made_those_that_started_end(grove: Grove) -
 def test_a_child_that_takes_too_long_to_begin_has_failed(grove: Grove) -> None:
     entered, go = threading.Event(), threading.Event()
     slow = grove.spec("b", begin=hold(entered, go), shutdown_s=0.01)
-    top = grove.plant(grove.spec("a"), slow, flags=Flags(start_timeout_s=0.05))
-    assert top.failed_to_begin == "StartFailed: b: not begun after 0.05 s"
+    top = grove.plant(grove.spec("a"), slow, flags=Flags(start_timeout_s=0.5))
+    assert top.failed_to_begin == "StartFailed: b: not begun after 0.5 s"
     go.set()
     assert grove.log.take(4) == [("begin", "a"), ("begin", "b"), ("end", "a", "stopped"), ("end", "b", "stopped")]
 
@@ -221,19 +222,22 @@ def test_pauses_grow_and_begin_anew_after_a_long_life(grove: Grove) -> None:
     """The pauses are what `restarts` says, and are kept: measured from an end to the next beginning."""
     moments: list[tuple[str, float]] = []
     note: Callable[[str], Callable[[Puppet], None]] = lambda what: lambda puppet: moments.append((what, time.monotonic()))
-    flags = Flags(intensity=None, period_s=0.4, backoff_s=(0.0, 0.05, 0.3), jitter=0.0)
+    flags = Flags(intensity=None, period_s=1.0, backoff_s=(0.0, 0.05, 0.3), jitter=0.0)
     grove.plant(grove.spec("a", begin=note("begin"), end=note("end")), flags=flags)
-    for _ in range(4):
-        assert grove.log.next() == ("begin", "a")
-        grove.system.tell("a", badly) or pytest.fail("it has its name as soon as it has begun")
-        grove.log.next()
     assert grove.log.next() == ("begin", "a")
-    time.sleep(0.41)  # longer than period_s: a life that counts
-    grove.system.tell("a", badly)
-    assert grove.log.take(2)[1] == ("begin", "a")
-    pauses_s = [begin - end for (_, end), (_, begin) in zip(moments[1::2], moments[2::2], strict=True)]
-    for pause_s, least_s in zip(pauses_s, [0.0, 0.05, 0.3, 0.3, 0.0], strict=True):
-        assert least_s <= pause_s < least_s + 0.25
+    late_s: list[float] = []
+    while not late_s or min(late_s) >= 0.25:
+        assert len(late_s) < 3, late_s  # once it may be the machine that had something else to do
+        del moments[:-1]
+        time.sleep(1.01 if late_s else 0.0)
+        for life in range(5):
+            if life == 4:
+                time.sleep(1.01)  # longer than period_s: a life that counts
+            grove.system.tell("a", badly) or pytest.fail("it has its name as soon as it has begun")
+            assert grove.log.take(2)[1] == ("begin", "a")
+        pauses_s = [begin - end for (_, end), (_, begin) in zip(moments[1::2], moments[2::2], strict=True)]
+        over_s = [pause_s - least_s for pause_s, least_s in zip(pauses_s, [0.0, 0.05, 0.3, 0.3, 0.0], strict=True)]
+        late_s.append(max(over_s) if min(over_s) >= 0 else math.inf)
 
 
 def test_too_many_restarts_end_the_supervisor_and_its_children_in_reverse(grove: Grove) -> None:
@@ -564,7 +568,7 @@ def test_a_child_that_takes_too_long_to_begin_is_started_again(grove: Grove, how
     for ready, answer in zip(readies, answers, strict=True):
         ready.set(None) if answer else None
     turns = iter(readies)
-    spec = ChildSpec("a", lambda: Slow(grove.system, "a", grove.log, next(turns)), start_timeout_s=0.05)
+    spec = ChildSpec("a", lambda: Slow(grove.system, "a", grove.log, next(turns)), start_timeout_s=0.5)
     top = grove.plant(*([spec] if how == "restarted" else []), kind=Dynamic)
     if how == "restarted":
         grove.system.tell("a", badly)
@@ -583,7 +587,7 @@ def test_a_child_that_makes_no_progress_is_dumped_left_behind_and_replaced(
 ) -> None:
     entered, go, hung = threading.Event(), threading.Event(), Log()
     grove.system.left_behind = hung
-    top = grove.plant(spec := ChildSpec("a", lambda: Puppet(grove.system, "a", grove.log), progress_s=0.06))
+    top = grove.plant(spec := ChildSpec("a", lambda: Puppet(grove.system, "a", grove.log), progress_s=0.4))
     first = grove.ask("a", incarnation)[1]
     late = Log()
 
@@ -619,19 +623,19 @@ def test_a_child_whose_thread_has_died_is_found_and_replaced(
 ) -> None:
     """Outside of any handler, where Pykka catches nothing: the actor would be alive for ever, and silent."""
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
-    grove.plant(ChildSpec("a", lambda: Puppet(grove.system, "a", grove.log), progress_s=0.05))
+    grove.plant(ChildSpec("a", lambda: Puppet(grove.system, "a", grove.log), progress_s=0.4))
     first, thread = grove.ask("a", lambda puppet: (puppet, threading.current_thread()))
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemError))
     first.mailbox(lambda puppet: None)  # at which it wakes, and dies
     thread.join(TIMEOUT_S)
     assert grove.ask("a", incarnation)[1] is not first
-    assert logged[0] == "a makes no progress for 0.05 s; it is left behind"
+    assert logged[0] == "a makes no progress for 0.4 s; it is left behind"
 
 
 def test_a_child_that_is_busy_with_many_messages_does_not_hang(grove: Grove) -> None:
-    top = grove.plant(ChildSpec("a", lambda: Puppet(grove.system, "a", grove.log), progress_s=0.1))
+    top = grove.plant(ChildSpec("a", lambda: Puppet(grove.system, "a", grove.log), progress_s=0.5))
     puppet = grove.ask("a", incarnation)[1]
-    for _ in range(100):
+    for _ in range(200):
         puppet.mailbox(lambda puppet: time.sleep(0.005))
     assert grove.ask("a", incarnation)[1] is puppet
     assert top.children["a"].restarts == 0

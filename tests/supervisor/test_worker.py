@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from supervisor import worker
 from supervisor.actor import Stop
 from supervisor.channel import Channel
 from supervisor.isolation import Isolation, IsolationError, Process
@@ -106,7 +107,10 @@ def test_a_worker_that_is_stopped_is_found_by_its_silence_and_replaced(bosses: B
     assert pid(boss) != first
 
 
-def test_a_worker_that_hangs_says_where_before_it_is_killed(bosses: Bosses, tmp_path: Path) -> None:
+def test_a_worker_that_hangs_says_where_before_it_is_killed(
+    bosses: Bosses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "DUMP_S", 60.0)  # however long that takes it on this machine
     boss = bosses("outlive", heartbeat=True)
     assert boss.next() == Started("worker", 1)
     assert boss.next() == Ended("worker", 1, f"killed by signal {signal.SIGABRT.value}", hung=True)

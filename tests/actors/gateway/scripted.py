@@ -84,7 +84,7 @@ class ScriptedDaemon:
             self._listener.close()
 
     def join(self) -> None:
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the script is not at its end"
         if self._error:
             raise self._error

@@ -263,16 +263,16 @@ def test_a_file_is_read_no_further_than_needed(tmp_path: Path) -> None:
     def script(connection: Connection) -> None:
         request = connection.request()
         arrived.set()
-        seen.wait(10)
+        seen.wait(60)
         connection.answer(Ended(request.request, result(request.task)))
 
     daemon = ScriptedDaemon(tmp_path / "run", script)
     with Client(tmp_path / "run") as client:
         running = threading.Thread(target=next, args=(Batch(client, descriptor, 1, DEFAULTS).run(),))
         running.start()
-        assert arrived.wait(10)
+        assert arrived.wait(60)
         assert os.lseek(descriptor, 0, os.SEEK_CUR) < 1 << 17
         seen.set()
-        running.join(10)
+        running.join(60)
         daemon.join()
     os.close(descriptor)

@@ -181,7 +181,7 @@ def test_nothing_in_time_is_said_so(opened: Opened, tmp_path: Path) -> None:
     def script(connection: Connection) -> None:
         connection.request()
         asked.set()
-        done.wait(10)
+        done.wait(60)
 
     daemon = ScriptedDaemon(tmp_path / "run", script)
     client = opened(tmp_path / "run")
@@ -282,7 +282,7 @@ def test_only_what_is_unanswered_is_sent_again(opened: Opened, tmp_path: Path) -
     client = opened(tmp_path / "run")
     for task in "abc":
         client.send(Wait(client.number(), task, None))
-    answers = [client.receive(10) for _ in range(3)]
+    answers = [client.receive(60) for _ in range(3)]
     assert answers == [Ended(2, result("b")), Ended(3, result("c")), Ended(1, result("a"))]
     daemon.join()
 
@@ -323,7 +323,7 @@ def test_a_daemon_that_is_started_later_is_found(opened: Opened, tmp_path: Path)
     shutil.rmtree(tmp_path / "above")  # so that directories are missing, too
     (tmp_path / "above").mkdir()
     second = ScriptedDaemon(run_dir, lives)
-    asking.join(20)
+    asking.join(60)
     second.join()
     assert answers == [IsReady(1, 42)]
 

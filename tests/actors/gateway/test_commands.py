@@ -51,7 +51,7 @@ def run(tmp_path: Path) -> Run:
         environment |= {"AERIE_STATE_DIR": f"{tmp_path}/state", "AERIE_RUN_DIR": f"{tmp_path}/run"}
         environment |= options.pop("environment", {})
         argv = [sys.executable, str(PROGRAM), *arguments]
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=30, check=False, **options)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False, **options)
         assert "Traceback" not in done.stderr
         return done
 
@@ -360,7 +360,7 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(run: Run, tmp_path: Path) -
         assert process.stderr
         process.stdout.read(10)
         process.stdout.close()
-        assert (process.wait(30), process.stderr.read()) == (141, b"")
+        assert (process.wait(60), process.stderr.read()) == (141, b"")
     daemon.join()
 
 
@@ -475,7 +475,7 @@ def shell(tmp_path: Path, command: str) -> subprocess.CompletedProcess[str]:
     }
     # Buffered or not, the end is the same; by default Python's output is.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | variables
-    done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
     return done
@@ -528,7 +528,7 @@ def test_output_that_does_not_block_is_waited_for(tmp_path: Path) -> None:
         os.close(writing)
         with os.fdopen(reading, "rb") as file:
             assert file.read() == (b"x" * 8000 + b"\n") * 100
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     daemon.join()
 
 
@@ -551,7 +551,7 @@ def test_progress_on_a_terminal_gives_way_to_what_the_task_prints(tmp_path: Path
     argv = [sys.executable, str(PROGRAM), "submit", "--wait", "busybox", "--", "true"]
     with subprocess.Popen(argv, env=environment, stdout=terminal.end, stderr=terminal.end) as process:
         terminal.close_end()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     daemon.join()
     shown = "\r\x1b[K" + ("1 of 2 MiB, " + "x" * 200)[:79]  # no more than a line, for a longer one could not be erased
     assert terminal.read_all() == f"{shown}\r\x1b[Kpartial".encode()  # and what the task printed stays
@@ -586,7 +586,7 @@ class Terminal:
         os.close(self.end)
 
     def read_all(self) -> bytes:
-        self._thread.join(10)
+        self._thread.join(60)
         return bytes(self._shown)
 
 
@@ -610,7 +610,7 @@ def test_an_interrupted_client_leaves_the_task_running_and_says_how_to_go_on(tmp
         assert process.stdout
         assert process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=60)
     daemon.join()
     assert process.returncode == 130
     assert "run.py logs -f t1" in stderr

@@ -44,7 +44,7 @@ def test_output_is_shown_while_it_is_written_and_whole_at_the_end(tmp_path: Path
         connection.request()
         connection.answer(Progress(1, "preparing"))
         journal.write_bytes(record("stdout", b"first\n"))
-        assert shown.some.wait(10), "it is shown before the task has ended"
+        assert shown.some.wait(60), "it is shown before the task has ended"
         with journal.open("ab") as file:
             file.write(record("stderr", b"oops\n") + record("stdout", b"no newline"))
         connection.answer(Ended(1, result("t", exit_code=3)))
@@ -66,7 +66,7 @@ def test_a_directory_that_is_made_when_the_tasks_turn_comes_is_found(tmp_path: P
         connection.request()
         directory.mkdir(parents=True)
         (directory / "journal").write_bytes(record("stdout", b"late\n"))
-        assert shown.some.wait(10)
+        assert shown.some.wait(60)
         connection.answer(Ended(1, result("t")))
 
     daemon = ScriptedDaemon(tmp_path / "run", script)

@@ -38,7 +38,7 @@ class Builder:
                 os._exit(code)
         theirs.close()
 
-    def messages(self, timeout_s: float = 20.0) -> list[Message]:
+    def messages(self, timeout_s: float = 60.0) -> list[Message]:
         """Everything that it says until it ends, which it must do with code 0."""
         said = []
         with contextlib.suppress(ChannelClosed):

@@ -151,7 +151,7 @@ http: {{addr: "127.0.0.1:0"}}
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(10)
-        self._reader.join(10)
+        self._process.wait(60)
+        self._reader.join(60)
         assert self._process.stderr
         self._process.stderr.close()

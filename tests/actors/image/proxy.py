@@ -123,6 +123,8 @@ class Proxy:
         self.lock = threading.Lock()
         self.exchanges: list[Exchange] = []
         self.closing = threading.Event()  # what an action waits for besides its own time
+        self.behaving = threading.Event()  # what one that is only slow waits for; the one of its beginning
+        self.hung_up = threading.Event()  # and who is silent
         self._commands: list[list[Any]] = []  # pattern, action, requests left (None: any number)
         proxy = self
 
@@ -177,6 +179,8 @@ class Proxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         self.closing.set()
+        self.behave()
+        self.hang_up()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -187,9 +191,17 @@ class Proxy:
             self._commands.append([re.compile(pattern), action, times])
 
     def behave(self) -> None:
-        """Forget all commands."""
+        """Forget all commands; who is only slow goes on at full speed."""
         with self.lock:
             self._commands.clear()
+            self.behaving.set()
+            self.behaving = threading.Event()
+
+    def hang_up(self) -> None:
+        """Break the connections on which something is silent."""
+        with self.lock:
+            self.hung_up.set()
+            self.hung_up = threading.Event()
 
     def seen(self, pattern: str = "") -> list[Exchange]:
         """The exchanges whose path has the regular expression `pattern`."""
@@ -243,10 +255,10 @@ def stall(after_bytes: int, time_s: float = 3600.0) -> Action:
 
 
 def silent(time_s: float = 3600.0) -> Action:
-    """Take the request and say nothing for so long, or until the proxy closes."""
+    """Take the request and say nothing for so long, or until the proxy hangs up."""
 
     def act(exchange: Exchange) -> None:
-        exchange.proxy.closing.wait(time_s)
+        exchange.proxy.hung_up.wait(time_s)
         exchange.handler.close_connection = True
 
     return act
@@ -258,13 +270,13 @@ def hang_up(exchange: Exchange) -> None:
 
 
 def throttle(bytes_per_s: float) -> Action:
-    """Send the body no faster than that, a piece at a time."""
+    """Send the body no faster than that, a piece at a time, until the proxy behaves."""
 
     def act(exchange: Exchange) -> None:
-        begin = time.monotonic()
+        begin, behaving = time.monotonic(), exchange.proxy.behaving
 
         def pace(sent: int) -> None:
-            exchange.proxy.closing.wait(max(0.0, begin + sent / bytes_per_s - time.monotonic()))
+            behaving.wait(max(0.0, begin + sent / bytes_per_s - time.monotonic()))
 
         exchange.forward(pace=pace)
 

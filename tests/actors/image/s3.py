@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -25,13 +26,12 @@ class RunningS3:
     """One server on a free loopback port, its storage (if it has any) below `home`."""
 
     def __init__(self, home: Path, server: str = "moto") -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
         if server == "moto":
-            command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+            command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
         else:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.address = "{}:{}".format(*free.getsockname())
             (home / "storage").mkdir()
             command = [
                 "versitygw",
@@ -46,6 +46,13 @@ class RunningS3:
             ]
         self._log = open(home / "s3.log", "wb")
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env={**os.environ, **CREDENTIALS})
+        deadline = time.monotonic() + 60
+        if server == "moto":
+            while not (said := re.search(r"http://([\d.]+:\d+)\s", (home / "s3.log").read_text())):
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError((home / "s3.log").read_text())
+                time.sleep(0.05)
+            self.address = said[1]
         self.client: Any = boto3.session.Session().client(
             "s3",
             endpoint_url=f"http://{self.address}",
@@ -54,7 +61,6 @@ class RunningS3:
             aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
             config=botocore.config.Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
         )
-        deadline = time.monotonic() + 30
         while True:
             try:
                 self.client.list_buckets()
@@ -80,6 +86,6 @@ class RunningS3:
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(10)
+        self._process.wait(60)
         self._log.close()
         self.client.close()

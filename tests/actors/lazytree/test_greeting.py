@@ -89,7 +89,7 @@ def test_who_asks_before_there_is_a_server_is_answered_by_the_first(tree: Tree) 
     greet(tree)
     reader, read = start_reading(tree, "missing")
     serve_greeted(tree)
-    reader.join(10)
+    reader.join(60)
     assert read == [FILES["missing"]]
 
 
@@ -98,7 +98,7 @@ def test_what_was_read_and_not_answered_is_sent_again_to_the_first(tree: Tree) -
     with greeting.answering(tree.fuse):
         reader, read = start_reading(tree, "missing")
     serve_greeted(tree)
-    reader.join(10)
+    reader.join(60)
     assert read == [FILES["missing"]]
 
 
@@ -108,4 +108,4 @@ def test_a_connection_that_is_aborted_meanwhile_ends_the_answering(tree: Tree) -
     with greeting.answering(tree.fuse):
         mounts.abort_fuse(tree.connection.minor)
         time.sleep(0.1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60

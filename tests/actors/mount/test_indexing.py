@@ -214,6 +214,7 @@ def test_a_store_that_did_not_change_gives_the_same_files(workspaces: Callable[[
     assert len(os.listdir("/proc/self/fd")) <= kept + 2 * KEPT_MAX
 
 
+@pytest.mark.alone
 def test_the_listing_costs_what_was_promised(workspace: Workspace, store: Path) -> None:
     """A thousand files, small objects already there: every warm task waits for it.  (5 ms, 15 ms when something changed; of
     processor time, for the machine may be doing something else.)
@@ -231,6 +232,7 @@ def _timed(work: Callable[[], object]) -> float:
     return time.thread_time() - began
 
 
+@pytest.mark.alone
 def test_a_large_store_costs_what_was_promised(workspace: Workspace, store: Path) -> None:
     """100,000 entries in at most 4 s, 1.5 s the second time: a twentieth of that here, as processor time."""
     for number in range(50):

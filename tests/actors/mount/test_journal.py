@@ -128,7 +128,7 @@ def test_who_waits_for_the_lock_gets_the_journal_that_is_there_then(
     time.sleep(0.05)
     assert second == [], "the new one is locked as well"
     first.close()
-    waiter.join(10)
+    waiter.join(60)
     assert second[0].batches == [summary(listing, known)]
     second[0].close()
 
@@ -162,7 +162,7 @@ def test_a_directory_that_is_removed_is_synced_no_more(workspace: Workspace, sto
         remover.start()
         time.sleep(0.05)
         assert removed == [], "a sync is under way"
-    remover.join(10)
+    remover.join(60)
     assert removed == ["all"]
     for running in (True, False):
         outcome = workspace.sync(running)

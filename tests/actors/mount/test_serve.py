@@ -146,7 +146,7 @@ def test_a_request_outstanding_at_the_kill_is_answered_by_the_next_server(tree: 
     os.close(writing)
     tree.serve(serve)
     assert wait_in_time(reader) == 0
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 50  # and not when its time is over
 
 
 def test_nothing_is_left(tmp_path: Path) -> None:

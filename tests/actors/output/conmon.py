@@ -57,7 +57,7 @@ class Conmon:
         self.create(script)
         watch = os.pidfd_open(self.pid)
         self.start()
-        assert select.select([watch], [], [], 20)[0], "conmon has not ended"
+        assert select.select([watch], [], [], 60)[0], "conmon has not ended"
         os.close(watch)
 
     def hold_pipes(self) -> list[int]:
@@ -75,7 +75,7 @@ class Conmon:
         """SIGKILL conmon, and wait until it is dead."""
         watch = os.pidfd_open(self.pid)
         os.kill(self.pid, signal.SIGKILL)
-        assert select.select([watch], [], [], 10)[0]
+        assert select.select([watch], [], [], 60)[0]
         os.close(watch)
 
     def delete(self) -> None:

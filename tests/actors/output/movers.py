@@ -71,7 +71,7 @@ class RunningMover:
     def pump(self, task: str, directory: Path, pipes: dict[str, int]) -> None:
         self._channel.send(wire.PumpTask(task, str(directory), list(pipes)), list(pipes.values()))
 
-    def hear(self, *kinds: type, within_s: float = 10.0) -> Any:
+    def hear(self, *kinds: type, within_s: float = 60.0) -> Any:
         """The next message of these kinds; None when the time is over.  Positions are recorded on the way.
 
         Raises ChannelClosed when the mover is gone.

@@ -62,16 +62,16 @@ def test_the_directory_grows(tmp_path: Path) -> None:
         assert follower.read() == []
         assert not follower.wait(0)
         with open(tmp_path / "journal", "ab", buffering=0) as file:
-            assert follower.wait(5), "the journal was made"
+            assert follower.wait(60), "the journal was made"
             file.write(record("stdout", "F", b"one") + b"2026-11")
-            assert follower.wait(5)
+            assert follower.wait(60)
             assert follower.read() == [("stdout", b"one\n")]
             assert not follower.wait(0), "what was read wakes nobody"
             file.write(record("stdout", "P", b"two")[7:])
-            assert follower.wait(5)
+            assert follower.wait(60)
             assert follower.read() == [("stdout", b"two")]
         (tmp_path / "stderr.spill").write_bytes(b"more")
-        assert follower.wait(5)
+        assert follower.wait(60)
         assert follower.read() == [("stderr", b"more")]
         assert follower.position == Position(journal=(tmp_path / "journal").stat().st_size, stderr=4)
 

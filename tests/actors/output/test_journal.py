@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from hypothesis import given, settings
 
 from actors.output.journal import Journal
@@ -65,12 +66,17 @@ def test_neighbours_of_one_stream_are_one_chunk() -> None:
     assert Journal().feed(data) == [("stdout", b"".join(b"%d\n" % number for number in range(9))), ("stderr", b"x")]
 
 
+@pytest.mark.alone
 def test_a_hundred_megabytes_take_about_a_second() -> None:
     block = b"".join(record("stdout", "F", b"x" * 80, number) for number in range(8000))  # no two in one chunk: the slow case
-    parser, began_s = Journal(), time.process_time()
-    for _ in range(20):
-        parser.feed(block)
-    assert (time.process_time() - began_s) * 100e6 / parser.position < 4  # 1 s on the machine it was written on
+
+    def took_s() -> float:
+        parser, began_s = Journal(), time.process_time()
+        for _ in range(20):
+            parser.feed(block)
+        return (time.process_time() - began_s) * 100e6 / parser.position
+
+    assert any(took_s() < 4 for _ in range(3))  # 1 s on the machine it was written on
 
 
 def test_what_conmon_writes(conmon: Conmon) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +52,7 @@ def test_flush_gives_the_partial_line_once() -> None:
     assert splitter.flush() == []
 
 
+@pytest.mark.alone
 def test_a_line_that_comes_byte_by_byte_is_not_copied_each_time() -> None:
     splitter, began_s = LineSplitter(), time.process_time()
     for _ in range(100_000):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -226,6 +225,7 @@ def test_each_outage_is_told_once(small_disk: SmallDisk, mover: RunningMover, tm
     assert len([message for message in mover.heard if isinstance(message, wire.SinkFailed)]) == 2
 
 
+@pytest.mark.alone
 def test_a_mover_with_nothing_to_move_rests(mover: RunningMover, tmp_path: Path) -> None:
     """However often it was woken before, and with a directory that was removed: the heartbeat is all that goes on."""
     (tmp_path / "removed").mkdir()
@@ -270,17 +270,18 @@ def test_a_successor_waits_for_the_lock_and_a_closed_channel_ends_it(mover: Runn
     assert second.end() == 0
 
 
+@pytest.mark.alone
 def test_moving_is_fast(mover: RunningMover, tmp_path: Path) -> None:
     lines = 200_000
     (tmp_path / "journal").write_bytes(
         b"".join(record("stdout", "F", b"%080d" % number, number // 50) for number in range(lines))
     )
-    began_s = time.monotonic()
+    began_s = mover.processor_s()
     mover.follow("task", tmp_path, [file_sink(tmp_path / "task.log")])
     mover.finish("task")
     assert mover.hear(wire.Drained)
     assert (tmp_path / "task.log").stat().st_size == 81 * lines
-    assert time.monotonic() - began_s < 5  # 0.2 s on the machine it was written on
+    assert mover.processor_s() - began_s < 5  # 0.2 s on the machine it was written on
 
 
 def test_two_tasks_do_not_write_to_one_file(mover: RunningMover, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_what_is_pumped_is_followed_at_once(mover: RunningMover, tmp_path: Path)
             os.write(writer, b"%d " % number)
             expected = b"torn" + b"".join(b"%d " % one for one in range(number + 1))
             while seen != expected:
-                assert follower.wait(5)
+                assert follower.wait(60)
                 while more := follower.read():
                     seen += streams(more)["stdout"]
                 assert expected.startswith(seen)
@@ -116,7 +116,7 @@ def test_a_turn_is_bounded_however_fast_the_task_writes(tmp_path: Path) -> None:
         os.close(writer)
         spill, before, more = tmp_path / "stdout.spill", 0, True
         while more:
-            assert select.select([reader], [], [], 10)[0]
+            assert select.select([reader], [], [], 60)[0]
             more = pump.move()
             assert spill.stat().st_size - before <= SPLICE_BYTES
             before, turns = spill.stat().st_size, turns + 1

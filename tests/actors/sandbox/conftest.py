@@ -19,7 +19,7 @@ from actors.sandbox.cgroup import Cgroup
 from actors.sandbox.runtimes import Runtime
 from supervisor.pidfd import open_pidfd, wait_status
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 FILTER = seccomp.load(Path(__file__).parents[3] / "conf" / "seccomp.json")
 SEGFAULT = {"x86_64": bytes.fromhex("31c08800"), "aarch64": bytes.fromhex("000080d200000039")}  # store a byte at address 0
 MACHINES = {"x86_64": 62, "aarch64": 183}

@@ -265,7 +265,7 @@ def test_a_runtime_that_hangs(laboratory: Laboratory, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(CreateError, match="within 0.5 s"), open(home / "attempt", "w") as attempt:
         conmon.create(container, "/bin/true", attempt.fileno(), laboratory.environment, 0.5)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     assert conmon.find(container) is None
     with contextlib.suppress(ProcessLookupError):  # the runtime has died with conmon, or is about to
         runtime = open_pidfd(int((tmp_path / "pid").read_text()))

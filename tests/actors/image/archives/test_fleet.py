@@ -199,7 +199,7 @@ def test_a_node_that_builds_for_longer_than_a_lease_keeps_it(proxy: Proxy, make:
 
 def reading(builder: Builder) -> None:
     """Wait until it reads layers."""
-    while not (isinstance(said := builder.channel.receive(20.0)[0], Progress) and said.phase == "reading layers"):
+    while not (isinstance(said := builder.channel.receive(60)[0], Progress) and said.phase == "reading layers"):
         pass
 
 

@@ -46,7 +46,7 @@ def test_it_runs_ahead_but_not_far(registry: Registry, proxy: Proxy) -> None:
     with Download(registry, layers(registry)) as download:
         first = next(iter(download.next_layer()))
         assert LAYERS[0].startswith(first)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not download._came.full() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.2)
@@ -72,7 +72,7 @@ def test_a_build_that_is_over_does_not_wait_for_a_registry_that_is_silent(regist
     begun = time.monotonic()
     with pytest.raises(TimeoutError), Download(registry, wanted):
         raise TimeoutError
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 4.5  # before it would first ask again
 
 
 def test_after_damage_the_registry_is_free_again(registry: Registry) -> None:

