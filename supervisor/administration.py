@@ -6,7 +6,7 @@ A call returns its answer, or LATER: then who asked has one when the child has b
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from supervisor.children import ALIVE, AT_REST, Child, Unbegun
 from supervisor.rules import (
@@ -23,10 +23,7 @@ from supervisor.rules import (
     TerminateChild,
     WhichChildren,
 )
-from supervisor.spec import ChildSpec, Type, check_children
-
-if TYPE_CHECKING:
-    from supervisor.supervision import Supervision
+from supervisor.spec import ChildSpec, Flags, Type, check_children
 
 LATER: Final = object()
 
@@ -35,7 +32,24 @@ class Refusal(Exception):
     """Why it cannot be done."""
 
 
-def start_child(rules: Supervision, request: StartChild, asker: Any) -> Any:
+class Rules(Protocol):
+    """What an administrator sees of a rule book (`supervision.Supervision`), and has done by it."""
+
+    flags: Flags
+    phase: Phase
+    children: dict[str, Child]
+
+    @property
+    def alive(self) -> int: ...
+
+    def add(self, spec: ChildSpec, unbegun: Unbegun) -> Child: ...
+
+    def start_by_hand(self, child: Child, *askers: Any) -> None: ...
+
+    def terminate(self, child: Child, asker: Any) -> bool: ...
+
+
+def start_child(rules: Rules, request: StartChild, asker: Any) -> Any:
     check_children([request.spec], rules.flags)
     known = rules.children.get(request.spec.id)
     if known is not None:
@@ -46,7 +60,7 @@ def start_child(rules: Supervision, request: StartChild, asker: Any) -> Any:
     return LATER
 
 
-def ensure_child(rules: Supervision, request: EnsureChild, asker: Any) -> Row:
+def ensure_child(rules: Rules, request: EnsureChild, asker: Any) -> Row:
     check_children([request.spec], rules.flags)
     _goes_on(rules)
     child = rules.children.get(request.spec.id) or rules.add(request.spec, Unbegun.RETRY)
@@ -55,11 +69,11 @@ def ensure_child(rules: Supervision, request: EnsureChild, asker: Any) -> Row:
     return child.row()
 
 
-def terminate_child(rules: Supervision, request: TerminateChild, asker: Any) -> Any:
+def terminate_child(rules: Rules, request: TerminateChild, asker: Any) -> Any:
     return None if rules.terminate(_known(rules, request.id), asker) else LATER
 
 
-def restart_child(rules: Supervision, request: RestartChild, asker: Any) -> Any:
+def restart_child(rules: Rules, request: RestartChild, asker: Any) -> Any:
     child = _known(rules, request.id)
     _goes_on(rules)
     _is_at_rest(child)
@@ -68,26 +82,26 @@ def restart_child(rules: Supervision, request: RestartChild, asker: Any) -> Any:
     return LATER
 
 
-def delete_child(rules: Supervision, request: DeleteChild, asker: Any) -> None:
+def delete_child(rules: Rules, request: DeleteChild, asker: Any) -> None:
     _is_at_rest(_known(rules, request.id))
     del rules.children[request.id]
 
 
-def which_children(rules: Supervision, request: WhichChildren, asker: Any) -> tuple[Row, ...]:
+def which_children(rules: Rules, request: WhichChildren, asker: Any) -> tuple[Row, ...]:
     return tuple(child.row() for child in rules.children.values())
 
 
-def count_children(rules: Supervision, request: CountChildren, asker: Any) -> Counts:
+def count_children(rules: Rules, request: CountChildren, asker: Any) -> Counts:
     supervisors = sum(child.spec.type is Type.SUPERVISOR for child in rules.children.values())
     specs = len(rules.children)
     return Counts(specs, rules.alive, supervisors, specs - supervisors)
 
 
-def get_child_spec(rules: Supervision, request: GetChildSpec, asker: Any) -> ChildSpec:
+def get_child_spec(rules: Rules, request: GetChildSpec, asker: Any) -> ChildSpec:
     return _known(rules, request.id).spec
 
 
-CALLS: Final[dict[type[Any], Callable[[Supervision, Any, Any], Any]]] = {
+CALLS: Final[dict[type[Any], Callable[[Rules, Any, Any], Any]]] = {
     StartChild: start_child,
     EnsureChild: ensure_child,
     TerminateChild: terminate_child,
@@ -99,14 +113,14 @@ CALLS: Final[dict[type[Any], Callable[[Supervision, Any, Any], Any]]] = {
 }
 
 
-def _known(rules: Supervision, id: str) -> Child:
+def _known(rules: Rules, id: str) -> Child:
     child = rules.children.get(id)
     if child is None:
         raise Refusal(f"there is no child {id}")
     return child
 
 
-def _goes_on(rules: Supervision) -> None:
+def _goes_on(rules: Rules) -> None:
     if rules.phase is Phase.ENDING:
         raise Refusal("the supervisor ends")
 

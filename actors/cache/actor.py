@@ -33,13 +33,17 @@ from supervisor.tree import System
 from supervisor.worker import Ended, Said, Started, Worker
 
 EVICTOR, CHECKER = "evictor", "checker"
-EVICTOR_SAYS, CHECKER_SAYS = Codec(wire.Evicted, wire.Progress), Codec(wire.Checked, wire.Progress)
+EVICTOR_SAYS, CHECKER_SAYS = Codec(wire.Evicted, wire.Progress), Codec(messages.Checked, wire.Progress)
 CHECKED = "checked"  # in OBJECTS: which prefix is next; its time is when the last one was begun, by whichever daemon
 LOOK_S = 10.0
 LOOK_AT_ARCHIVES_S = 60.0  # their directory may be large, and far away
 UNMOUNT_S = 0.5  # for images that nobody uses
 # After an eviction that made too little room: what could not go then cannot now, most likely; four times as long after each.
 PAUSE_MIN_S, PAUSE_MAX_S = 1.0, 60.0
+
+
+class CheckerEnded(Exception):
+    """It was to look at everything, and has not; the text says how it has ended."""
 
 
 class _Look(Message, frozen=True):
@@ -329,24 +333,27 @@ class CacheActor(Actor):
             case Started():
                 row = ProcessRow(CHECKER, self._checker.pid or 0, self._checker.restarts)
                 self._services.processes.put(self.name, row, CHECKER)
-            case Said(_, _, wire.Checked(objects, damaged, repaired, texts)):
-                for text in texts:
+            case Said(_, _, messages.Checked() as checked):
+                for text in checked.texts:
                     logger.warning("{}", text)
-                self._checked(messages.Checked(objects, damaged, repaired, texts))
+                for reply in self._checked():
+                    reply.set(checked)
             case Ended(_, _, how):
                 self._services.processes.remove(self.name, CHECKER)
                 if self._check_order is not None:
                     logger.warning("the checker has ended ({})", how)
-                    self._checked(messages.Checked(0, 0, 0, [], f"the checker has ended: {how}"))
+                    for reply in self._checked():
+                        reply.set_exception(CheckerEnded(f"the checker has ended: {how}"))
                 if self._check_all:
                     self._check([])
 
-    def _checked(self, checked: messages.Checked) -> None:
+    def _checked(self) -> list[Deferred]:
+        """A checker is done → who waits for it."""
         assert self._check_order is not None
         everything = len(self._check_order.prefixes) > 1
         self._check_order = None
-        if everything:
-            self._check_all = False
-            for reply in self._checking:
-                reply.set(checked)
-            self._checking.clear()
+        if not everything:
+            return []
+        self._check_all = False
+        waiting, self._checking = self._checking, []
+        return waiting

@@ -1,6 +1,8 @@
-"""What may be said to the CacheActor, and what it answers."""
+"""What may be said to the CacheActor, and what it answers; the gateway hands the answers on as they are."""
 
 from __future__ import annotations
+
+import msgspec
 
 from supervisor.frames import Message
 
@@ -9,11 +11,11 @@ class CacheUsage(Message, frozen=True):
     """→ Usage"""
 
 
-class Usage(Message, frozen=True):
-    """What is taken of the disk, in bytes, and of what bounds.
+class Usage(msgspec.Struct, frozen=True):
+    """What images and workspaces take of this node's disk, in bytes, and what they may take.
 
-    `unlinked_bytes`, in `cache_bytes`, are of files that were removed, and that somebody still holds open.  `short`: for what
-    reason the last eviction, if it did, made less room than it should have.
+    `unlinked_bytes`, in `cache_bytes`, are of files that were removed, and that somebody still holds open.  `short`: why the last
+    eviction could not make all the room that it should; "" when it could.
     """
 
     cache_bytes: int
@@ -34,7 +36,7 @@ class Prune(Message, frozen=True):
 
 
 class Check(Message, frozen=True):
-    """Look at all content of images, and repair what is damaged → Checked"""
+    """Look at all content of images, and repair what is damaged → Checked, or an error when the checker has ended first"""
 
 
 class Checked(Message, frozen=True):
@@ -44,10 +46,11 @@ class Checked(Message, frozen=True):
     damaged: int
     repaired: int
     texts: list[str]
-    error: str = ""
 
 
 class Pruned(Message, frozen=True):
+    """So many objects are gone.  `kept`: why not all could go that was asked for."""
+
     objects: int
     freed_bytes: int
-    why: str = ""
+    kept: str = ""

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from actors.cache import archives, checking
 from actors.cache.evictor import evict
+from actors.cache.messages import Checked
 from actors.cache.sources import Sources
-from actors.cache.wire import Checked, CheckObjects, Evict, Evicted, Progress
+from actors.cache.wire import CheckObjects, Evict, Evicted, Progress
 from actors.lazytree.ledger import note_short, unlinked_bytes
 from actors.lazytree.objects import Objects
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout

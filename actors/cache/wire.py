@@ -36,21 +36,14 @@ class Evicted(Message, frozen=True):
 
 
 class CheckObjects(Message, frozen=True):
-    """The arguments of a checker: look at the objects whose names begin with one of `prefixes`, repair what is damaged, and end."""
+    """The arguments of a checker: look at the objects whose names begin with one of `prefixes`, repair what is damaged, say
+    `messages.Checked`, and end.
+    """
 
     objects: str
     archives: str
     prefixes: list[str]
     mirrors: str = ""
-
-
-class Checked(Message, frozen=True):
-    """It has ended.  Of `damaged` objects so many are `repaired`, the others removed; `texts` has a line for each, of the first ones."""
-
-    objects: int
-    damaged: int
-    repaired: int
-    texts: list[str]
 
 
 class Progress(Message, frozen=True):

@@ -44,7 +44,6 @@ from actors.gateway.messages import (
     StorageChecked,
     StoragePruned,
     StorageShown,
-    StorageUse,
     Submit,
     TaskResult,
     TaskSpec,
@@ -443,14 +442,11 @@ class GatewayActor(Actor):
                 shown = [ImageState(row.reference, row.digest, row.path, row.leases, row.unpacked_bytes) for row in rows]
                 self._bridge.send(client, Images(asked.request, shown))
             case cache.Usage():
-                shown_use = StorageUse(**{name: getattr(value, name) for name in StorageUse.__struct_fields__})
-                self._bridge.send(client, StorageShown(asked.request, shown_use))
-            case cache.Checked(error=error) if error:
-                self._fail(client, asked, "internal", error)
-            case cache.Checked(objects, damaged, repaired, texts):
-                self._bridge.send(client, StorageChecked(asked.request, objects, damaged, repaired, texts))
-            case cache.Pruned(objects, freed_bytes, why):
-                self._bridge.send(client, StoragePruned(asked.request, objects, freed_bytes, why))
+                self._bridge.send(client, StorageShown(asked.request, value))
+            case cache.Checked():
+                self._bridge.send(client, StorageChecked(asked.request, value))
+            case cache.Pruned():
+                self._bridge.send(client, StoragePruned(asked.request, value))
 
     # --- the end ---
 

@@ -23,6 +23,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from actors.cache.messages import Checked, Pruned, Usage
 from actors.image.registry.login import Login
 from actors.settings import Runtime
 from supervisor.frames import Message
@@ -126,24 +127,6 @@ class ImageState(msgspec.Struct, frozen=True):
     path: str | None  # where its root is mounted; None: it is not
     leases: list[str]  # of `image mount` and of tasks
     unpacked_bytes: int
-
-
-class StorageUse(msgspec.Struct, frozen=True):
-    """What images and workspaces take of this node's disk, in bytes, and what they may take.
-
-    `unlinked_bytes`, in `cache_bytes`, were removed while somebody holds them open.  `short`: why the last eviction could not make
-    all the room that it should; "" when it could.
-    """
-
-    cache_bytes: int
-    cache_bytes_max: int
-    unlinked_bytes: int
-    archives: int
-    archive_bytes: int
-    archive_bytes_max: int
-    free_bytes: int
-    free_bytes_min: int
-    short: str
 
 
 # --- requests: client to daemon -------------------------------------------------------------------------------------------
@@ -315,26 +298,17 @@ class ImageMounted(Message, frozen=True):
 
 class StorageShown(Message, frozen=True):
     request: int
-    storage: StorageUse
+    usage: Usage
 
 
 class StoragePruned(Message, frozen=True):
-    """`kept`: why not all could go that was asked for."""
-
     request: int
-    objects: int
-    freed_bytes: int
-    kept: str
+    pruned: Pruned
 
 
 class StorageChecked(Message, frozen=True):
-    """Of `damaged` files' contents so many were `repaired`, and the others removed; `texts` says which, of the first ones."""
-
     request: int
-    objects: int
-    damaged: int
-    repaired: int
-    texts: list[str]
+    checked: Checked
 
 
 class Done(Message, frozen=True):

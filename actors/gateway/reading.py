@@ -161,7 +161,7 @@ def image_usage(arguments: argparse.Namespace, settings: Settings) -> int:
     client = Client(settings.run.dir)
     answer = client.ask(ShowStorage(client.number()))
     assert isinstance(answer, StorageShown)
-    use = answer.storage
+    use = answer.usage
     if arguments.json:
         show_json(use)
         return 0
@@ -178,12 +178,12 @@ def image_check(arguments: argparse.Namespace, settings: Settings) -> int:
     client = Client(settings.run.dir)
     answer = client.ask(CheckStorage(client.number()), timeout_s=MOUNT_TIMEOUT_S)
     assert isinstance(answer, StorageChecked)
+    found = answer.checked
     if arguments.json:
-        shown = {"objects": answer.objects, "damaged": answer.damaged, "repaired": answer.repaired, "texts": answer.texts}
-        show_json(shown)
+        show_json({"objects": found.objects, "damaged": found.damaged, "repaired": found.repaired, "texts": found.texts})
     else:
-        print(f"{answer.objects} objects; {answer.damaged} were damaged, of which {answer.repaired} are right again")
-        print("".join(f"{text}\n" for text in answer.texts), end="")
+        print(f"{found.objects} objects; {found.damaged} were damaged, of which {found.repaired} are right again")
+        print("".join(f"{text}\n" for text in found.texts), end="")
     return 0
 
 
@@ -191,12 +191,13 @@ def image_prune(arguments: argparse.Namespace, settings: Settings) -> int:
     client = Client(settings.run.dir)
     answer = client.ask(PruneStorage(client.number(), min(int(arguments.size), PRUNED_BYTES_MAX)), timeout_s=MOUNT_TIMEOUT_S)
     assert isinstance(answer, StoragePruned)
+    pruned = answer.pruned
     if arguments.json:
-        show_json({"objects": answer.objects, "freed_bytes": answer.freed_bytes, "kept": answer.kept})
+        show_json({"objects": pruned.objects, "freed_bytes": pruned.freed_bytes, "kept": pruned.kept})
     else:
-        print(f"{answer.objects} objects are gone, {format_bytes(answer.freed_bytes)} are free again")
-        if answer.kept:
-            print(f"kept: {answer.kept}")
+        print(f"{pruned.objects} objects are gone, {format_bytes(pruned.freed_bytes)} are free again")
+        if pruned.kept:
+            print(f"kept: {pruned.kept}")
     return 0
 
 
