@@ -169,13 +169,17 @@ class StreamPack(Message, frozen=True):
     """The arguments of a prefetcher: bring what a workload's pack has to OBJECTS and the image's spool, whose descriptor comes with this.
 
     The pack lies beside the archive, or in `bucket`.  Says `PackComing` or `PackAbsent` first, then `Completed`, of objects that are whole
-    in the spool, and `PackThrough` in the end.
+    in the spool, and `PackThrough` in the end; and `Streaming` meanwhile.
     """
 
     archive: str
     objects: str
     workload: str
     bucket: Bucket | None = None
+
+
+class Streaming(Message, frozen=True):
+    """Heartbeat of a prefetcher that streams a pack."""
 
 
 class PackComing(Message, frozen=True):

@@ -291,7 +291,7 @@ class Operations:
             self._here.what = ""
 
         def say(channel: Channel, message: Any, *arguments: Any, **options: Any) -> None:
-            if type(message).__name__ != "Progress":
+            if type(message).__name__ not in ("Progress", "Streaming"):
                 self.reach(f"say {type(message).__name__}")
             send(channel, message, *arguments, **options)
 

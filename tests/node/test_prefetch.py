@@ -200,7 +200,7 @@ def test_a_pack_that_stands_still_is_not_waited_for(
             pipe.write(whole[:5000])  # the head, and little more
             assert output(daemon, task) == EXPECTED
             [prefetcher] = processes_of(daemon, "image prefetcher")
-            os.kill(prefetcher, signal.SIGKILL)
+            os.kill(prefetcher, signal.SIGSTOP)  # which is found by its silence
             until(lambda: not processes_of(daemon, "image prefetcher"))
         pack.unlink()
         assert output(daemon) == EXPECTED

@@ -26,7 +26,7 @@ from supervisor.processes import ProcessRow
 from supervisor.worker import Ended, Said, Started, Worker
 
 PREFETCHER = "image prefetcher"
-SAYS = Codec(wire.PackMade, wire.PackComing, wire.PackAbsent, wire.PackThrough, wire.Completed)
+SAYS = Codec(wire.PackMade, wire.Streaming, wire.PackComing, wire.PackAbsent, wire.PackThrough, wire.Completed)
 ANSWER_S = 1.0
 
 
@@ -47,12 +47,14 @@ class _NoAnswer:
 
 
 class _Line:
-    """One prefetcher after another, each for a workload."""
+    """One prefetcher after another, each for a workload.  `heartbeat`: they say that they live."""
 
-    def __init__(self, actor: Actor, services: Services, name: str, start: Callable[[str], Process]) -> None:
+    def __init__(
+        self, actor: Actor, services: Services, name: str, start: Callable[[str], Process], heartbeat: bool = False
+    ) -> None:
         self.workload = ""  # whose prefetcher is at work
         self._actor, self._services, self._start = actor, services, start
-        self._worker = Worker(actor, services.watcher, name, heartbeat=False)
+        self._worker = Worker(actor, services.watcher, name, heartbeat)
         self._waiting: deque[str] = deque()
 
     def add(self, workload: str) -> None:
@@ -103,7 +105,8 @@ class Prefetching:
         self._packs = packs
         s3 = services.settings.s3
         self._bucket = wire.Bucket(s3.bucket, s3.prefix, s3.endpoint, s3.region) if s3.bucket else None
-        self._streams = _Line(actor, services, f"stream of {reference} {archive}", self._stream)
+        self._streams = _Line(actor, services, f"stream of {reference} {archive}", self._stream, heartbeat=True)
+        # Who makes one may have no processor for a long time, and nobody waits for it.
         self._makers = _Line(actor, services, f"packing of {reference} {archive}", self._make)
         self._asked: set[str] = set()
         self._answered: set[str] = set()

@@ -11,6 +11,7 @@ import hashlib
 import os
 import signal
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from io import RawIOBase
@@ -25,11 +26,11 @@ from actors.image.errors import ArchiveInvalid
 from actors.image.layers.content import LayerContent, Part, chunk_at, chunk_count, chunk_of, decode_content, stored_bytes
 from actors.image.lazy.coming import Announced
 from actors.image.lazy.spool import Spool
-from actors.image.wire import Completed, MakePack, PackAbsent, PackComing, PackMade, PackThrough, StreamPack
+from actors.image.wire import Completed, MakePack, PackAbsent, PackComing, PackMade, PackThrough, Streaming, StreamPack
 from actors.lazytree.ledger import NoRoom
 from actors.lazytree.objects import Objects
 from actors.lazytree.table import Row
-from supervisor.channel import Channel, ChannelClosed
+from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Codec, Message
 
 PIECE_BYTES = 64 << 10
@@ -38,6 +39,7 @@ WORTH_SHARE = 0.1  # of a pack's chunks must be missing for it to be fetched
 MADE_SHARE = 0.5  # of a trace's chunks must be here for a pack to be made
 COMPLETED_MAX = 256  # rows in one message
 TIME_MAX_S = 900  # then the kernel ends it (SIGALRM)
+PULSE_S = 0.5
 
 
 def make(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
@@ -59,7 +61,7 @@ def stream(end: socket.socket, descriptors: list[int], arguments: bytes) -> None
     """Do the `StreamPack` in `arguments`; say what that says."""
     channel = Channel(end, Codec(StreamPack))
     order: StreamPack = channel.codec.decode(arguments)
-    signal.alarm(TIME_MAX_S)
+    _beat(channel)
     try:
         with contextlib.closing(Content(order.archive, order.objects, descriptors)) as content:
             for message in _stream(order, content):
@@ -69,6 +71,22 @@ def stream(end: socket.socket, descriptors: list[int], arguments: bytes) -> None
             channel.send(PackThrough(0, 0, str(error)), timeout_s=ANSWER_TIMEOUT_S)
     except ChannelClosed:
         pass
+
+
+def _beat(channel: Channel) -> None:
+    """Say `Streaming` from now on, at most for TIME_MAX_S.  By a timer's signal, for it may be the pack that does not come."""
+    deadline = time.monotonic() + TIME_MAX_S
+
+    def pulse(number: int, frame: object) -> None:
+        if time.monotonic() > deadline:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the next one ends this process
+        with contextlib.suppress(
+            ChannelClosed, ChannelTimeout
+        ):  # who listens is behind; or is no more, as the next message finds
+            channel.send(Streaming(), timeout_s=0)
+
+    signal.signal(signal.SIGALRM, pulse)
+    signal.setitimer(signal.ITIMER_REAL, PULSE_S, PULSE_S)
 
 
 class Content:

@@ -24,7 +24,7 @@ from actors.image.lazy.coming import STALL_S, Announced, Coming, end_announcemen
 from actors.image.lazy.spool import Spool
 from actors.image.prefetch import process as prefetch
 from actors.image.prefetch.process import Content
-from actors.image.wire import Completed, MakePack, PackAbsent, PackComing, PackMade, PackThrough, StreamPack
+from actors.image.wire import Completed, MakePack, PackAbsent, PackComing, PackMade, PackThrough, Streaming, StreamPack
 from supervisor.channel import Channel, ChannelClosed
 from supervisor.frames import Codec, Message
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
@@ -34,7 +34,7 @@ from tests.actors.image.proxy import Proxy
 from tests.actors.lazytree.harness import fork
 
 WORKLOAD = "0123456789abcdef"
-SAYS = Codec(PackMade, PackComing, PackAbsent, PackThrough, Completed)
+SAYS = Codec(PackMade, Streaming, PackComing, PackAbsent, PackThrough, Completed)
 SIZES = [3 * CHUNK_BYTES + 100, 70_000, 900, 2 * CHUNK_BYTES, CHUNK_BYTES]
 CONTENT = {size: random.Random(size).randbytes(size) for size in SIZES}
 
@@ -61,7 +61,7 @@ def image(tmp_path: Path, pushed: Repository, proxy: Proxy) -> Iterator[Image]:
 
 
 def told(entry: str, order: Message, image: Image, spool: bool = True) -> list[Message]:
-    """Run a prefetcher → all that it says."""
+    """Run a prefetcher → all that it says, but that it lives."""
     channel, end = Channel.pair(SAYS)
     arguments = Codec(type(order)).encode(order)
 
@@ -74,7 +74,9 @@ def told(entry: str, order: Message, image: Image, spool: bool = True) -> list[M
     said: list[Message] = []
     try:
         while True:
-            said.append(channel.receive(60)[0])
+            message = channel.receive(60)[0]
+            if not isinstance(message, Streaming):  # of which there are more on a slow machine
+                said.append(message)
     except ChannelClosed:
         pass
     channel.close()
