@@ -367,7 +367,7 @@ def storm(home: Path, registry: RunningRegistry, goal: Goal, seed: int) -> Tally
         (programs / name).write_text(RUNTIME.format(orders=orders, program=shutil.which(name)))
         (programs / name).chmod(0o755)
     images = Images(registry.repository("storm"), random.Random(seed))
-    shared = {"AERIE_IMAGE_ARCHIVE_DIR": str(home / "archives"), "AERIE_IMAGE_IDLE_UNMOUNT": "1s"}
+    shared = {"AERIE_IMAGE_ARCHIVE_DIR": str(home / "archives"), "AERIE_IMAGE_IDLE_UNMOUNT": "2s"}
     node = {
         "AERIE_MOUNT_SYNC_INTERVAL": "500ms",  # kills meet syncs of running tasks
         "AERIE_IMAGE_PREFETCH": "trace",
