@@ -24,6 +24,7 @@ class Daemon:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.started: list[subprocess.Popen[bytes]] = []
+        self._before = descendants()  # other tests' registries, for instance
 
     def start(self, what: str = "keeper") -> subprocess.Popen[bytes]:
         with open(self.directory / "log", "ab") as log:
@@ -75,7 +76,7 @@ class Daemon:
 
     def end(self) -> None:
         """Whoever is started again meanwhile is ended in the next round."""
-        while living := [pid for pid in descendants() if not ends(pid, 0)]:
+        while living := [pid for pid in descendants() if pid not in self._before and not ends(pid, 0)]:
             for pid in living:
                 kill(pid)
         for keeper in self.started:

@@ -580,7 +580,7 @@ class Terminal:
 
     def wait_for(self, text: bytes) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: text in self._shown, 10)
+            return self._changed.wait_for(lambda: text in self._shown, 60)
 
     def close_end(self) -> None:
         os.close(self.end)

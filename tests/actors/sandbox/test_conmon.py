@@ -174,7 +174,7 @@ def test_a_child_that_is_out_of_memory_is_counted(laboratory: Laboratory, runtim
 
 
 def test_pids_limit(laboratory: Laboratory, runtime: Runtime) -> None:
-    script = "for i in 1 2 3 4 5 6 7 8 9; do sleep 1 & done"
+    script = "for i in 1 2 3 4 5 6 7 8 9; do sleep 60 & done"
     code, sandbox = laboratory.run(runtime, *shell(script), limits=bundle.Limits(pids=6))
     assert code != 0
     assert "fork" in sandbox.stderr

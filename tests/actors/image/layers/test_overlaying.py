@@ -605,12 +605,12 @@ def test_blocks_are_bounded_however_much_a_piece_unpacks_to() -> None:
 @pytest.mark.parametrize(
     ("blob", "error"),
     [
-        (gzip.compress(TEXT)[:-1], ContentCorrupt),
-        (gzip.compress(TEXT)[:20], ContentCorrupt),
-        (gzip.compress(TEXT)[:5], ContentCorrupt),
-        (gzip.compress(TEXT) + b"garbage", ContentCorrupt),
-        (gzip.compress(TEXT) + gzip.compress(TEXT)[:30], ContentCorrupt),
-        (gzip.compress(TEXT)[:-8] + bytes(8), ContentCorrupt),
+        (gzip.compress(TEXT, mtime=0)[:-1], ContentCorrupt),
+        (gzip.compress(TEXT, mtime=0)[:20], ContentCorrupt),
+        (gzip.compress(TEXT, mtime=0)[:5], ContentCorrupt),
+        (gzip.compress(TEXT, mtime=0) + b"garbage", ContentCorrupt),
+        (gzip.compress(TEXT, mtime=0) + gzip.compress(TEXT, mtime=0)[:30], ContentCorrupt),
+        (gzip.compress(TEXT, mtime=0)[:-8] + bytes(8), ContentCorrupt),
         (b"\x1f\x8b\x07" + bytes(100), ContentCorrupt),
         (b"\x28\xb5\x2f\xfd" + bytes(100), ContentCorrupt),
     ],

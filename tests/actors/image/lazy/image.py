@@ -28,6 +28,9 @@ from tests.actors.image.proxy import Exchange, Proxy
 T = TypeVar("T")
 
 
+_given_up: list[int] = []  # descriptors
+
+
 class Image:
     """An image of a repository: its archive in `home`, an empty OBJECTS, and a reference that leads through the proxy.
 
@@ -104,7 +107,12 @@ class Image:
         self.spans.close()
         self.table.close()
         self.objects.close()
-        os.close(self.spool)
+        # A thread that was left alone with its fetch may still write there.  Until it has, no other file must get the number.
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self.spool, inheritable=False)
+        _given_up.append(self.spool)
+        if len(_given_up) > 50:
+            os.close(_given_up.pop(0))
 
 
 def running(source: RegistrySource, body: Callable[[], Awaitable[T]], timeout_s: float = 60.0) -> T:
