@@ -38,6 +38,8 @@ from actors.image.layers.stream import Budget
 from actors.image.layers.tar import RECORD_BYTES, Entry, shown
 
 TOC_BYTES_MAX = 64 << 20  # of JSON: some 150,000 files
+ZEROS_BYTES_MAX = TOC_BYTES_MAX  # of a chunk of zeros, which what cuts chunks by content finds no place to cut in
+_ZEROS = bytes(CHUNK_BYTES)
 _NUMBER_MAX = (1 << 63) - 1
 _REPLACED = "�"  # what encoders put where bytes are no UTF-8
 _KINDS = {
@@ -201,7 +203,7 @@ def _chunks(head: _Item, items: list[_Item], name: bytes) -> Iterator[Chunk]:
         digest = _hexadecimal(item.chunk_digest or (head.digest if len(items) == 1 else ""), name)
         if size <= CHUNK_BYTES_MAX:
             yield Chunk(item.offset, item.inner_offset, size, bytes.fromhex(digest))
-        elif item.chunk_type == "zeros":
+        elif size <= ZEROS_BYTES_MAX and (item.chunk_type == "zeros" or digest == _digest_of_zeros(size).hex()):
             yield from _zeros(item, size)
         else:
             raise TocUnusable(f"{shown(name)} has a chunk of {size} bytes; at most {CHUNK_BYTES_MAX} can be checked at a time")
@@ -217,7 +219,10 @@ def _zeros(item: _Item, size: int) -> Iterator[Chunk]:
 
 @lru_cache(64)
 def _digest_of_zeros(size: int) -> bytes:
-    return hashlib.sha256(bytes(size)).digest()
+    sha256 = hashlib.sha256()
+    for at in range(0, size, CHUNK_BYTES):
+        sha256.update(_ZEROS[: size - at])
+    return sha256.digest()
 
 
 def _hexadecimal(digest: str, name: bytes) -> str:
