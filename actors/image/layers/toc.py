@@ -37,8 +37,8 @@ from actors.image.layers.content import CHUNK_BYTES, CHUNK_BYTES_MAX
 from actors.image.layers.stream import Budget
 from actors.image.layers.tar import RECORD_BYTES, Entry, shown
 
-TOC_BYTES_MAX = 64 << 20  # of JSON: some 150,000 files
-ZEROS_BYTES_MAX = TOC_BYTES_MAX  # of a chunk of zeros, which what cuts chunks by content finds no place to cut in
+TOC_BYTES_MAX = 128 << 20  # of JSON: some 270,000 files
+ZEROS_BYTES_MAX = 64 << 20  # of a chunk of zeros, which what cuts chunks by content finds no place to cut in
 _ZEROS = bytes(CHUNK_BYTES)
 _NUMBER_MAX = (1 << 63) - 1
 _REPLACED = "�"  # what encoders put where bytes are no UTF-8
@@ -134,7 +134,7 @@ def _items(table: bytes) -> Iterator[_Item]:
     """One after another: all of them at once, as objects, would take many times the table's size."""
     try:
         found = msgspec.json.decode(table, type=_Table)
-        text = bytes(found.entries).decode()
+        text = str(memoryview(found.entries), "utf-8")
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TocUnusable(f"its table of contents is not understood: {error}") from None
     if found.version != 1 or not text.startswith("["):

@@ -333,7 +333,7 @@ def test_a_table_that_is_not_what_the_manifest_means_is_not_trusted(
             (annotated(chunked, manifest_position=f"{len(chunked.blob)}:1:1:1"), "where the layer is not"),
             (annotated(chunked, manifest_position=f"{offset}:{length}:{size}:2"), "no place that is known"),
             (annotated(chunked, manifest_position=f"{offset}:{length}:{size - 1}:1"), "is not of"),
-            (annotated(chunked, manifest_position=f"{offset}:{length}:{65 << 20}:1"), "is larger than"),
+            (annotated(chunked, manifest_position=f"{offset}:{length}:{129 << 20}:1"), "is larger than"),
             (annotated(chunked, manifest_position=""), "no place that is known"),
         ]
     ):
