@@ -277,8 +277,8 @@ class Descriptors:
     def _look(self) -> None:
         """End a keeper that hangs; its channel then closes, and what follows is the same as if it had been killed."""
         with self._lock:
-            if self._keeper is None or self._pulse is None or not self._path.parent.exists():
-                return  # in the last case somebody has deleted the directory: it has no place for a sign of life
+            if self._keeper is None or self._pulse is None or not lock_beside(self._path).exists():
+                return  # in the last case somebody has deleted the lock: where it beats now, nobody sees
             number = self._pulse.look(sign_of(lock_beside(self._path)), time.monotonic())
             if number is not None:
                 logger.warning("the keeper hangs; it is ended")

@@ -12,7 +12,8 @@ It is small on purpose (the standard library and the frames), for nothing restar
 There is one keeper to a directory (`keeper.lock`).  When it is killed, the root supervisor starts a *stand-in* and hands
 over what it holds itself.  A keeper that somebody starts takes a stand-in's place; the place of one that somebody started
 it takes only when told to (`take_over`): then the root supervisor and the fork server are started anew as well, which is
-how a new version of the program comes in while tasks run.
+how a new version of the program comes in while tasks run.  A keeper whose lock has been deleted, with all of its directory most likely,
+starts nothing any more: what it started would find no keeper, and call for another one.
 """
 
 from __future__ import annotations
@@ -158,6 +159,9 @@ class Keeper:
         for part in self._parts:
             if part.running or part.due_s > now:
                 continue
+            if not self._lock.is_in_place():
+                part.due_s = now + LOOK_S
+                continue
             try:
                 found = part.start()
             except OSError as error:  # no process to be had just now, for instance: what is held must not be lost for that
@@ -172,8 +176,8 @@ class Keeper:
                 # It may have said Hello before the drain began, to which another one was told that had not got its place.
                 part.signal(signal.SIGTERM)
         self._renew = False
-        if self._draining and not self._root.running and not self._plan.directory.exists():
-            say(f"{self._plan.directory} is gone, and no root supervisor can be started to go on with the drain")
+        if self._draining and not self._root.running and not self._lock.is_in_place():
+            say("nobody can be started to go on with the drain")
             self._finish(EXIT_FAILED)
         elif self._draining and now > self._drain_deadline:
             say("the drain takes too long: the root supervisor is killed, and started again to go on with it")
@@ -211,8 +215,12 @@ class Keeper:
             self._finish(0)
         elif part is self._root and code == EXIT_REFUSES:
             self._finish(EXIT_FAILED)
-        else:
+        elif self._lock.is_in_place():
             say(f"{part.name} (pid {pid}) has ended, {how(code)}; it is started again")
+        else:
+            say(
+                f"{part.name} (pid {pid}) has ended, {how(code)}; it is not started again: somebody has deleted {self._plan.lock}"
+            )
         self._reap()
 
     def _finish(self, code: int) -> None:

@@ -31,6 +31,7 @@ class LockFile:
     """The lock at `path`, made when it is missing.  Held from a successful `acquire` until this process ends."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._beats = 0
 
@@ -69,6 +70,13 @@ class LockFile:
             return _parse(os.pread(self._descriptor, 64, 0)).pid
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return 0
+
+    def is_in_place(self) -> bool:
+        """Whether its file has its name still; when somebody has deleted it, another process may hold another one there."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         os.close(self._descriptor)

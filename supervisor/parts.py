@@ -30,6 +30,7 @@ class Part:
         self.pid = 0
         self.pidfd = -1
         self.restarts = -1  # the first start is none
+        self._has_signed = False
         self.due_s = 0.0  # when to start it, on the monotonic clock, while it does not run
         self._lock = lock
         self._argv = argv
@@ -54,14 +55,19 @@ class Part:
             raise
         self.pid = pid
         self.restarts += 1
+        self._has_signed = False
         self._pulse = Pulse(pid, now)
         return found
 
     def look(self, now_s: float) -> bool:
         """See to it that it ends when it hangs; to be called every `pulse.LOOK_S` → whether it was found to."""
-        if not self.running or not self._lock.parent.exists():
-            return False  # somebody has deleted the directory: it has no place for a sign of life
-        number = self._pulse.look(sign_of(self._lock), now_s)
+        if not self.running:
+            return False
+        sign = sign_of(self._lock)
+        self._has_signed |= sign.pid == self.pid
+        if self._has_signed and not sign.pid:
+            return False  # somebody has deleted the lock: where it beats now, nobody sees
+        number = self._pulse.look(sign, now_s)
         if number is not None:
             self.signal(number)
         return number is not None

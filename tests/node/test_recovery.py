@@ -238,13 +238,14 @@ def test_a_stop_in_the_queue_that_cannot_be_recorded_is_recorded_when_it_can(tmp
         daemon.wait_released()
 
 
+@pytest.mark.parametrize("something_is_mounted", [False, True])
 @pytest.mark.parametrize("root_supervisor_is_killed", [False, True])
 def test_a_daemon_whose_run_directory_somebody_has_deleted_ends_when_it_is_told_to(
-    tmp_path: Path, image: str, root_supervisor_is_killed: bool
+    tmp_path: Path, image: str, root_supervisor_is_killed: bool, something_is_mounted: bool
 ) -> None:
     daemon = Daemon(tmp_path, image)
     daemon.start()
-    if not root_supervisor_is_killed:  # an image is mounted there, which cannot be deleted
+    if something_is_mounted:  # an image, and so the directory cannot be deleted
         daemon.run("true")
         daemon.wait_released()
     root = daemon.pid_of("root supervisor")
@@ -254,4 +255,7 @@ def test_a_daemon_whose_run_directory_somebody_has_deleted_ends_when_it_is_told_
         os.kill(root, signal.SIGKILL)
     assert daemon.stop() == (EXIT_FAILED if root_supervisor_is_killed else 0), daemon.log.read_text()
     eventually(lambda: not daemon.processes())
+    if something_is_mounted and root_supervisor_is_killed:
+        daemon.start()  # the next one gives it back
+        assert daemon.stop() == 0
     assert not mounts.mounts_below(str(tmp_path))

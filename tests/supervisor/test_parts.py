@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.lockfile import holder_of
+from supervisor.lockfile import holder_of, sign_of
 from supervisor.parts import BACKOFF_S, Part, how
 from supervisor.pulse import BEGIN_S
 
@@ -103,13 +102,17 @@ def test_how_it_ended_is_said_in_words() -> None:
     assert [how(code) for code in (0, 3, -9, None)] == ["exit code 0", "exit code 3", "killed by signal 9", "how is not known"]
 
 
-def test_a_part_whose_directory_somebody_has_deleted_does_not_hang_for_that(tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    directory.mkdir()
-    part = Part("part", directory / "lock", ["/bin/sleep", "60"])
+def test_a_part_whose_lock_somebody_has_deleted_does_not_hang_for_that(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    part = Part("part", lock, [sys.executable, "-c", HOLDS_LOCK, str(lock)])
     part.start()
     try:
-        shutil.rmtree(directory)
+        deadline = time.monotonic() + 30
+        while sign_of(lock).pid != part.pid:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not part.look(time.monotonic())
+        lock.unlink()
         began_s = time.monotonic()
         assert not any(part.look(began_s + second) for second in range(int(2 * BEGIN_S)))
     finally:
