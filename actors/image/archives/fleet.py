@@ -1,7 +1,7 @@
 """Archives shared by a fleet of nodes, through a bucket of S3 or of anything that speaks its protocol.
 
-    PREFIX/archives/v3/sha256-….aerie.zst    an archive, named by its image's digest and the version of its format, compressed
-    PREFIX/leases/v3/sha256-…                who builds it right now
+    PREFIX/archives/v4/sha256-….aerie.zst    an archive, named by its image's digest and the version of its format, compressed
+    PREFIX/leases/v4/sha256-…                who builds it right now
 
 An image's archive is named by its digest, so a tag that has moved is another archive, and two names of one image share theirs.
 Of all nodes that want an archive which is not there one builds it: the one whose conditional put made the lease.  It renews the

@@ -126,11 +126,15 @@ def _chunks_of(content: bytes, first: int, inner: int) -> Iterator[Chunk]:
 def _fetch(registry: Registry, layer: Descriptor, offset: int, length: int) -> bytes:
     """Raises TocUnusable for what cannot be in the layer, or is too long."""
     if not (0 < offset < layer.size and 0 < length <= layer.size - offset):
-        raise TocUnusable("its table of contents is said to be where the layer is not")
+        raise _Other(
+            "its table of contents is said to be where the layer is not"
+        )  # by a footer, which anybody may have changed
     if length > PACKED_BYTES_MAX:
-        raise TocUnusable(f"its table of contents is of {length} bytes, at most {PACKED_BYTES_MAX} are read")
+        raise _Other(f"its table of contents is of {length} bytes, at most {PACKED_BYTES_MAX} are read")
     try:
-        return registry.read_range(layer.digest, offset, length)
+        return registry.read_range(layer.digest, offset, length, only_if_short=True)
+    except Unsupported as error:
+        raise TocUnusable(str(error)) from None  # its content could not be had by ranges, either
     except ContentCorrupt as error:
         raise _Other(str(error)) from None
 

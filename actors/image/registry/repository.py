@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from actors.image.errors import ContentCorrupt, ImageError, ImageUnknown, RegistryBroken
+from actors.image.errors import ContentCorrupt, ImageError, ImageUnknown, RegistryBroken, Unsupported
 from actors.image.registry.blobs import Straggling, content_range, range_header, receive
 from actors.image.registry.credentials import FindLogin, docker_login
 from actors.image.registry.endpoint import Endpoint, discard
@@ -136,23 +136,29 @@ class Registry:
             except HTTPError as error:
                 self._broken(host, error, patience)
 
-    def read_range(self, digest: str, offset: int, length: int, *, timeout_s: float | None = None) -> bytes:
+    def read_range(
+        self, digest: str, offset: int, length: int, *, timeout_s: float | None = None, only_if_short: bool = False
+    ) -> bytes:
         """`length` bytes of a blob from `offset`, NOT verified, within `timeout_s` if given.  Raises as `stream_range`."""
-        return b"".join(self.stream_range(digest, offset, length, timeout_s=timeout_s))
+        return b"".join(self.stream_range(digest, offset, length, timeout_s=timeout_s, only_if_short=only_if_short))
 
     def stream_range(
-        self, digest: str, offset: int, length: int, *, timeout_s: float | None = None
+        self, digest: str, offset: int, length: int, *, timeout_s: float | None = None, only_if_short: bool = False
     ) -> Generator[bytes, None, None]:
         """`length` bytes of a blob from `offset`, NOT verified, in pieces of at most blobs.PIECE_BYTES.
 
         A connection that breaks, stalls or straggles is made again from where it broke.  `timeout_s` is for all of it, from the first
-        piece's asking on.  Raises ImageError; ContentCorrupt when the blob is shorter.
+        piece's asking on.  Raises ImageError; ContentCorrupt when the blob is shorter; Unsupported, with `only_if_short`, when all of the
+        blob would come because the registry knows no ranges.
         """
         patience = Patience(timeout_s)
         at, end = offset, offset + length
         while at < end:
             host, response = self._open(f"/blobs/{digest}", range_header(at, end - at), patience)
             before = at
+            if only_if_short and response.status == 200:
+                response.close()
+                raise Unsupported(f"{self.reference}: the registry knows no ranges")
             body = self._body(host, response, digest, at, patience)
             try:
                 for piece in body:

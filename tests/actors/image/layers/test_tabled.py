@@ -39,8 +39,8 @@ from actors.image.wire import BuildImage, Built
 from actors.lazytree.server import SourceError
 from tests.actors.image.images import OCI, Member, Repository, digest, directory, hard_link, member, symlink, tar
 from tests.actors.image.layers.tables import CHUNKED, STARGZ, Entry, Tabled, estargz, images, zstd_chunked
-from tests.actors.image.lazy.image import Image, read, running
-from tests.actors.image.proxy import Proxy
+from tests.actors.image.lazy.image import Image, damaged, read, running
+from tests.actors.image.proxy import Proxy, without_ranges
 
 MIB = 1 << 20
 NOISE = random.Random(5).randbytes(9 * MIB)
@@ -338,6 +338,30 @@ def test_a_table_that_is_not_what_the_manifest_means_is_not_trusted(
         ]
     ):
         check_read_whole(layer, repository, tmp_path / str(number), why, capfd)
+
+
+@pytest.mark.parametrize("writer", [estargz, zstd_chunked])
+def test_where_there_are_no_ranges_a_table_is_of_no_use(
+    writer: Callable[..., Tabled], repository: Repository, proxy: Proxy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    layer = writer(member("f", NOISE))
+    repository.push(layer.tar, **images([layer]))
+    proxy.on("/blobs/", without_ranges)
+    assert build(tmp_path, through(proxy, repository), lazy=True).complete
+    assert "the registry knows no ranges" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("writer", [estargz, zstd_chunked])
+def test_a_table_that_a_mirror_damages_comes_from_the_registry(
+    writer: Callable[..., Tabled], repository: Repository, proxy: Proxy
+) -> None:
+    layer = writer(*HURT)
+    blob = Descriptor(**repository.push_blob(layer.blob), annotations=layer.annotations)
+    proxy.on("/blobs/", damaged)
+    with Registry(Reference.parse(repository.reference()), mirrors=[f"http://{proxy.address}"]) as registry:
+        table = read_table(registry, blob, Budget(1 << 40, 1000))
+    assert proxy.seen("/blobs/")
+    assert {listed.key for listed in table.listed} >= {digest(NOISE[:5000])[7:]}
 
 
 def test_a_chunk_that_is_too_long_to_be_checked(
