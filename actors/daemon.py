@@ -22,6 +22,7 @@ PRELOAD = (
     "actors.image.serve",
     "actors.image.archives.process",
     "actors.image.prefetch.process",
+    "actors.image.prefetch.starting",
     "actors.output.process",
     "actors.cache.process",
 )

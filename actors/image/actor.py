@@ -216,7 +216,11 @@ class ImageActor(Actor):
             if len(self._mounting_root[lease]) == 1:
                 self.work(("root", lease), self._mount_root, image, lease)
         else:
-            data = image.mount.data_for(lease, asked.message.workload) if image.mount is not None else None
+            data = None
+            if image.mount is not None:
+                data = image.mount.data_for(lease, asked.message.workload)
+                if asked.message.workload:
+                    image.mount.begin(asked.message.workload, asked.message.program)
             self._given[lease] = self._lease_on(image, lease, None, data)
             asked.reply.set(self._given[lease])
 

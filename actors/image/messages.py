@@ -13,7 +13,7 @@ class PrepareRootfs(Message, frozen=True):
     image is also mounted as one read-only tree (`image mount`); a task brings its own upper directory and needs only the layers.
     `login` is for the image's registry, None for what Docker's config has: what a tag names is asked of the registry once for each
     login, so that nobody gets a private image by its name because another task might.  `workload`: of what tasks this is one, for what is
-    fetched ahead (`trace.workload_of`); "" of none.
+    fetched ahead (`trace.workload_of`); "" of none.  `program`: the first word of its command; "" when that is the image's.
     """
 
     lease: str
@@ -21,6 +21,7 @@ class PrepareRootfs(Message, frozen=True):
     root: bool = False
     login: Login | None = None
     workload: str = ""
+    program: str = ""
 
 
 class ImageConfig(Message, frozen=True):

@@ -28,6 +28,7 @@ from actors.image.holding import Holding
 from actors.image.lazy import spool
 from actors.image.prefetch.policy import How, Plan, Sizes, plan
 from actors.image.prefetch.prefetching import Prefetching, Prepared
+from actors.image.prefetch.programs import Programs
 from actors.image.prefetch.tracing import Recorded, Tracing
 from actors.image.registry.credentials import docker_login
 from actors.image.registry.login import Access, Login
@@ -122,6 +123,7 @@ class ImageMount:
         self._tracing: Tracing | None = None
         self._prefetching: Prefetching | None = None
         self._packs: set[str] = set()
+        self._programs: Programs | None = None
         self._holding = Holding(services, digest)
         self._plan = Plan(How.LAZY)
         self._archive_path = archive_path(self._settings.archive_dir, digest)
@@ -170,6 +172,19 @@ class ImageMount:
         self._lazy.send(wire.BeginTrace(lease))
         return [str(self._lazy_target)]
 
+    def begin(self, workload: str, program: str) -> None:
+        """A task of this workload begins, with that program unless the image has an entrypoint or "" is said."""
+        if self.archive is None or not self._lazy.minor or workload in self._packs:
+            return
+        if self._tracing is not None and workload not in self._tracing.known:
+            return  # it is recorded, and its trace is not to have what it does not read
+        info = self.archive.info
+        if line := [*info.entrypoint, *([program] if program else info.command)]:
+            if self._programs is None:
+                arguments = (self._actor, self._services, self._reference, self.lower, self.data, info.env)
+                self._programs = Programs(*arguments)
+            self._programs.read(line[0])
+
     def released(self, lease: str) -> None:
         """A lease is given back."""
         if self._tracing is not None and self._tracing.is_recorded(lease):
@@ -215,8 +230,7 @@ class ImageMount:
     def let_go(self) -> None:
         """The actor ends, and another incarnation adopts what there is."""
         self._lazy.let_go()
-        if self._prefetching is not None:
-            self._prefetching.let_go()
+        self._let_prefetchers_go()
         self._holding.let_go()
 
     # --- what comes back ---
@@ -265,6 +279,8 @@ class ImageMount:
         return None
 
     def _from_prefetcher(self, message: Any) -> Prepared | None:
+        if self._programs is not None:
+            self._programs.take(message)
         if self._prefetching is None:
             return None
         match self._prefetching.take(message):
@@ -354,11 +370,16 @@ class ImageMount:
 
     def _end(self) -> None:
         self.state = State.GONE
-        if self._prefetching is not None:
-            self._prefetching.let_go()
+        self._let_prefetchers_go()
         self._lazy.release()
         self._holding.release()
         self._services.descriptors.drop(self._spool)
+
+    def _let_prefetchers_go(self) -> None:
+        if self._prefetching is not None:
+            self._prefetching.let_go()
+        if self._programs is not None:
+            self._programs.let_go()
 
     # --- what blocks, one at a time, in the worker pool ---
 

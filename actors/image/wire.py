@@ -165,6 +165,20 @@ class PackMade(Message, frozen=True):
     problem: str = ""
 
 
+class ReadProgram(Message, frozen=True):
+    """The arguments of a prefetcher: read what the program `name` reads at its start, in the tree of the layers `lower` and `data`.
+
+    `path`: where it is looked for, as in PATH.  It says nothing.
+    """
+
+    lower: str
+    data: list[str]
+    name: str
+    path: str
+    uid: int
+    gid: int
+
+
 class StreamPack(Message, frozen=True):
     """The arguments of a prefetcher: bring what a workload's pack has to OBJECTS and the image's spool, whose descriptor comes with this.
 

@@ -77,6 +77,13 @@ def mount_overlay(
     """
     if (upper is None) != (work is None) or (volatile and upper is None):
         raise ValueError("an upper directory needs a work directory, and volatile means an upper directory")
+    options, flags = _overlay_options(lower, data, upper, work, volatile)
+    _mount("overlay", target, options, flags, _MOUNT_ATTR_RDONLY if upper is None else 0)
+
+
+def _overlay_options(
+    lower: Sequence[str], data: Sequence[str], upper: str | None = None, work: str | None = None, volatile: bool = False
+) -> tuple[list[tuple[str, str]], list[str]]:
     options = [("source", "aerie")]
     options += [("lowerdir+", path) for path in lower]
     options += [("datadir+", path) for path in data]
@@ -84,8 +91,12 @@ def mount_overlay(
         options += [("upperdir", _escape(upper)), ("workdir", _escape(work))]
     # Always said, whatever the kernel's configuration has for defaults.
     options += [("redirect_dir", "on"), ("metacopy", "on"), ("index", "off"), ("xino", "off")]
-    flags = (["volatile"] if volatile else []) + (["ro"] if upper is None else [])
-    _mount("overlay", target, options, flags, _MOUNT_ATTR_RDONLY if upper is None else 0)
+    return options, (["volatile"] if volatile else []) + (["ro"] if upper is None else [])
+
+
+def open_overlay(lower: Sequence[str], data: Sequence[str]) -> int:
+    """The same read-only overlay, mounted nowhere → a descriptor of its root; it ends with its last user.  Raises OSError."""
+    return _create("overlay", "nowhere", *_overlay_options(lower, data), _LAYER_ATTRIBUTES)
 
 
 def make_upper(upper: str, work: str, meta: str) -> None:
@@ -187,6 +198,17 @@ def _write(path: str, value: int) -> None:
 
 def _mount(kind: str, target: str, options: Sequence[tuple[str, str]], flags: Sequence[str] = (), attributes: int = 0) -> int:
     """Mount it → the minor device number of the file system."""
+    mounted = _create(kind, target, options, flags, attributes)
+    try:
+        if _libc.move_mount(mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH):
+            raise _error(f"mount {kind} {options[0][1]}", target)
+        return _minor(mounted)
+    finally:
+        os.close(mounted)
+
+
+def _create(kind: str, target: str, options: Sequence[tuple[str, str]], flags: Sequence[str], attributes: int) -> int:
+    """A mount that is nowhere yet → its descriptor.  `target`: where it is to be, for errors."""
     what = f"mount {kind} {options[0][1]}"  # the source
     context = _libc.fsopen(kind.encode(), _FSOPEN_CLOEXEC)
     if context < 0:
@@ -202,15 +224,10 @@ def _mount(kind: str, target: str, options: Sequence[tuple[str, str]], flags: Se
                 raise _error(f"{what}: {name}", target, context)
         if _libc.fsconfig(context, _FSCONFIG_CMD_CREATE, None, None, 0):
             raise _error(what, target, context)
-        mounted = _libc.fsmount(context, _FSMOUNT_CLOEXEC, attributes)
+        mounted: int = _libc.fsmount(context, _FSMOUNT_CLOEXEC, attributes)
         if mounted < 0:
             raise _error(what, target, context)
-        try:
-            if _libc.move_mount(mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH):
-                raise _error(what, target)
-            return _minor(mounted)
-        finally:
-            os.close(mounted)
+        return mounted
     finally:
         os.close(context)
 

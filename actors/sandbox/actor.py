@@ -153,7 +153,11 @@ class SandboxActor(Actor):
 
     def _lease_image(self) -> None:
         wanted = images.PrepareRootfs(
-            f"task/{self._task}", self._spec.image, login=self._spec.login, workload=workload_of(self._spec.command)
+            f"task/{self._task}",
+            self._spec.image,
+            login=self._spec.login,
+            workload=workload_of(self._spec.command),
+            program=self._spec.command[0] if self._spec.command else "",
         )
         self._request("image", IMAGES, wanted)
 

@@ -22,6 +22,7 @@ import pytest
 from zlib_ng import zlib_ng
 
 from actors.gateway.messages import Stop
+from actors.image.prefetch.program import parse
 from actors.lazytree.mounts import Mount, mounts_below
 from actors.lazytree.objects import Objects
 from tests.actors.image.images import RunningRegistry, directory, hard_link, member, tar
@@ -106,6 +107,31 @@ def processes(daemon: Daemon) -> list[str]:
             found.append(node["name"])
         todo += node["children"]
     return found
+
+
+def test_what_a_program_needs_is_read_ahead_of_it(tmp_path: Path, registry: RunningRegistry, proxy: Proxy) -> None:
+    """Its first library is missing, so it ends before it has asked for the others; they are here soon all the same."""
+    content = Path("/bin/ls").read_bytes()
+    program = parse(lambda offset, size: content[offset : offset + size], "/bin/ls")
+    [_, *others] = [
+        next(path for place in program.directories if (path := Path(place, name)).exists()) for name in program.needed
+    ]
+    layer = tar(
+        member("opt/program", content, mode=0o755),
+        member(program.interpreter[1:], Path(program.interpreter).read_bytes(), mode=0o755),
+        *(member(str(path)[1:], path.read_bytes()) for path in others),
+    )
+    registry.repository("program").push(layer, tag="1")
+    image = Big(f"{proxy.address}/program:1", tmp_path / "archives", proxy, len(layer))
+    (tmp_path / "builder").mkdir()
+    with running(tmp_path / "builder", image.reference, AERIE_IMAGE_ARCHIVE_DIR=str(image.archives)) as builder:
+        assert builder.run(["/opt/program"]).exit_code == 127
+    (tmp_path / "node").mkdir()
+    with cold(tmp_path / "node", image) as daemon:
+        assert daemon.run(["/opt/program"]).exit_code == 127
+        cache = daemon.state / "images/cache"
+        for path in others:
+            wait_for((cache / Objects.path(hashlib.sha256(path.read_bytes()).hexdigest())).exists)
 
 
 def out(daemon: Daemon, script: str, **changes: Any) -> str:

@@ -8,24 +8,20 @@ brought is fetched as it is read, and what it has not made is made after a later
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from loguru import logger
 
 from actors.image import wire
 from actors.image.lazy.coming import end_announcement
+from actors.image.prefetch.line import PREFETCHER, Line
 from actors.services import Services
 from supervisor.actor import Actor
 from supervisor.frames import Codec, Message
 from supervisor.isolation import Process
-from supervisor.processes import ProcessRow
-from supervisor.worker import Ended, Said, Started, Worker
+from supervisor.worker import Ended
 
-PREFETCHER = "image prefetcher"
 SAYS = Codec(wire.PackMade, wire.Streaming, wire.PackComing, wire.PackAbsent, wire.PackThrough, wire.Completed)
 ANSWER_S = 1.0
 
@@ -46,50 +42,6 @@ class _NoAnswer:
     workload: str
 
 
-class _Line:
-    """One prefetcher after another, each for a workload.  `heartbeat`: they say that they live."""
-
-    def __init__(
-        self, actor: Actor, services: Services, name: str, start: Callable[[str], Process], heartbeat: bool = False
-    ) -> None:
-        self.workload = ""  # whose prefetcher is at work
-        self._actor, self._services, self._start = actor, services, start
-        self._worker = Worker(actor, services.watcher, name, heartbeat)
-        self._waiting: deque[str] = deque()
-
-    def add(self, workload: str) -> None:
-        if workload != self.workload and workload not in self._waiting:
-            self._waiting.append(workload)
-            self._next()
-
-    def take(self, message: Any) -> Message | Ended | None:
-        match self._worker.take(message):
-            case Started():
-                row = ProcessRow(PREFETCHER, self._worker.pid or 0, 0)
-                self._services.processes.put(self._actor.name, row, self._worker.name)
-            case Said(_, _, said):
-                return said
-            case Ended() as ended:
-                self._services.processes.remove(self._actor.name, self._worker.name)
-                return ended
-        return None
-
-    def ended(self) -> None:
-        """The prefetcher has ended, and all of it is told."""
-        self.workload = ""
-        self._next()
-
-    def let_go(self) -> None:
-        self._waiting.clear()
-        self._worker.let_go()
-        self._services.processes.remove(self._actor.name, self._worker.name)
-
-    def _next(self) -> None:
-        if not self.workload and self._waiting:
-            self.workload = self._waiting.popleft()
-            self._worker.start(partial(self._start, self.workload))
-
-
 class Prefetching:
     """`spool`: the name under which the image's is held.  `packs`: the workloads that have one beside the archive at `archive`.
 
@@ -105,9 +57,9 @@ class Prefetching:
         self._packs = packs
         s3 = services.settings.s3
         self._bucket = wire.Bucket(s3.bucket, s3.prefix, s3.endpoint, s3.region) if s3.bucket else None
-        self._streams = _Line(actor, services, f"stream of {reference} {archive}", self._stream, heartbeat=True)
+        self._streams = Line(actor, services, f"stream of {reference} {archive}", self._stream, heartbeat=True)
         # Who makes one may have no processor for a long time, and nobody waits for it.
-        self._makers = _Line(actor, services, f"packing of {reference} {archive}", self._make)
+        self._makers = Line(actor, services, f"packing of {reference} {archive}", self._make)
         self._asked: set[str] = set()
         self._answered: set[str] = set()
         self._announced_at = 0
