@@ -15,6 +15,7 @@ from supervisor.isolation import Process
 from supervisor.worker import Ended
 
 SAYS = Codec(wire.ReadProgram)  # nothing
+PROGRAMS_MAX = 64  # of one mount: an image has a few, and some send tasks that have a name each
 
 
 class Programs:
@@ -35,7 +36,7 @@ class Programs:
 
     def read(self, program: str) -> None:
         """A task is about to begin with it."""
-        if program not in self._read:
+        if program not in self._read and len(self._read) < PROGRAMS_MAX:
             self._read.add(program)
             self._line.add(program)
 
