@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import trio
 from actors.image.lazy import filling
 from actors.image.lazy.filling import Filling
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
+from tests.actors.image.layers.tables import Tabled, estargz, images, zstd_chunked
 from tests.actors.image.lazy.image import Image, read, running
 from tests.actors.image.proxy import Proxy, status, throttle
 
@@ -83,6 +85,20 @@ def fill(image: Image, parallel: int = 2, bytes_per_s: int = 0, spool_bytes_max:
 
     running(source, all_of_it)
     return said
+
+
+@pytest.mark.parametrize("writer", [estargz, zstd_chunked])
+def test_layers_with_tables_of_contents_come_whole_too(
+    writer: Callable[..., Tabled], tmp_path: Path, repository: Repository, proxy: Proxy
+) -> None:
+    layers = [writer(*(member(name, content) for name, content in files.items())) for files in (FILES, MORE)]
+    repository.push(*(layer.tar for layer in layers), **images(layers))
+    proxy.behave()
+    with closing(Image(tmp_path, repository, proxy, lazy=True)) as image:
+        proxy.forget()
+        assert fill(image) == []
+        assert missing(image) == []
+        assert image.moved_bytes() <= size_of_layers(image)
 
 
 def test_all_that_is_missing_is_fetched_once(image: Image) -> None:
