@@ -21,6 +21,7 @@ from actors.lazytree.objects import Objects
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
 from supervisor.frames import Codec, Message
 
+NICE = 15  # and not SCHED_IDLE: who never ran would be taken for hung
 ANSWER_TIMEOUT_S = 30.0
 HEARTBEAT_S = 0.5
 TEXTS_MAX = 50
@@ -62,12 +63,12 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
 
 
 def check(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
-    """Do the `CheckObjects` in `arguments`, with what nobody else wants of processor and disk; say `Progress`, and `Checked` at the end."""
+    """Do the `CheckObjects` in `arguments`, behind all who want processor and disk; say `Progress`, and `Checked` at the end."""
     for descriptor in descriptors:
         os.close(descriptor)
     channel = Channel(end, Codec(CheckObjects))
     order: CheckObjects = channel.codec.decode(arguments)
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    os.nice(NICE)
     _libc.syscall(_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE)  # no error where there is none
     objects = Objects(order.objects)
     try:

@@ -40,14 +40,15 @@ MADE_SHARE = 0.5  # of a trace's chunks must be here for a pack to be made
 COMPLETED_MAX = 256  # rows in one message
 TIME_MAX_S = 900  # then the kernel ends it (SIGALRM)
 PULSE_S = 0.5
+NICE = 15  # and not SCHED_IDLE: on a node that never rests a pack is made, too
 
 
 def make(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
-    """Do the `MakePack` in `arguments`, with what processors have nothing better to do; say `PackMade`."""
+    """Do the `MakePack` in `arguments`, behind what else there is to do; say `PackMade`."""
     channel = Channel(end, Codec(MakePack))
     order: MakePack = channel.codec.decode(arguments)
     signal.alarm(TIME_MAX_S)
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    os.nice(NICE)
     try:
         with contextlib.closing(Content(order.archive, order.objects, descriptors)) as content:
             answer = _make(order, content)
