@@ -411,7 +411,6 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
         "link STATE/images/cache/OBJECT",
     ),
     "content evicted": (
-        "after isolate evictor",
         "evictor: write STATE/images/cache/ledgers/N",
         "evictor: write STATE/images/cache/evicting",
         "evictor: utime STATE/images/cache/evicting",
@@ -422,7 +421,6 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
         "commit UPDATE contents.complete",
     ),
     "content repaired": (
-        "after isolate checker",
         "checker: add STATE/images/cache/ledgers/N",
         "checker: link STATE/images/cache/.OBJECT",
         "checker: rename STATE/images/cache/OBJECT",
@@ -482,6 +480,7 @@ AT_EVERY_START = (
     *(f"{who}: write RUN/processes/N" for who in PUBLISHERS),
     *(f"{place} STATE/images/cache/synced" for place in ("chmod", "checker: chmod")),
     "image prefetcher: write STATE/images/archives/.DIGEST.tmp",
+    *(f"isolate {who}" for who in ("evictor", "checker")),  # as of a prefetcher
     "evictor: write RUN/keeper.lock",  # whose holder it looks for
     "evictor: write STATE/images/archives/DIGEST.aerie",
     *(f"{verb} RUN/images/DIGEST.lazy" for verb in ("mkdir", "unmount", "mount")),  # as of a workspace's LAZY

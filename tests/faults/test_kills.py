@@ -16,8 +16,9 @@ import pytest
 from actors.gateway.messages import CheckStorage, PruneStorage, Request
 from actors.output.follower import Follower
 from tests.actors.image.images import RunningRegistry, member, tar
+from tests.actors.image.proxy import Proxy, silent
 from tests.faults import victims
-from tests.node.daemon import Daemon, running
+from tests.node.daemon import PATIENCE_S, Daemon, running
 
 LINES = 300
 BIG_BYTES = 24 << 20
@@ -212,14 +213,14 @@ def test_processes_that_do_one_piece_of_work_do_not_outlive_a_root_supervisor_ev
     tmp_path: Path, registry: RunningRegistry, image: str
 ) -> None:
     """A stopped one does not see that nobody listens any more."""
-    known, new = push_slowly_built(registry, "known"), push_slowly_built(registry, "new")
+    known = push_slowly_built(registry, "known")
     command = ["/bin/busybox", "sh", "-c", "exit 5"]
-    with running(tmp_path, image, AERIE_IMAGE_PREFETCH="trace") as daemon:
+    with Proxy(registry.address) as proxy, running(tmp_path, image, AERIE_IMAGE_PREFETCH="trace") as daemon:
         stopped: set[int] = set()
 
         def stop(kind: str, *requests: Request) -> None:
             """Stop one as soon as it is there; while it is not, ask for what it does, again and again."""
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + PATIENCE_S
             while not (found := [process.pid for process in victims.find(daemon.state) if process.kind == kind]):
                 assert time.monotonic() < deadline
                 for request in requests:
@@ -233,8 +234,10 @@ def test_processes_that_do_one_piece_of_work_do_not_outlive_a_root_supervisor_ev
         assert daemon.run(command, image=known).exit_code == 5
         stop("image prefetcher")  # for that task was recorded
         stop("checker", CheckStorage(daemon.client.number()))
-        task = daemon.submit(command, image=new)
+        proxy.on("/blobs/", silent(600))
+        task = daemon.submit(command, image=f"{proxy.address}/known:latest")
         stop("image builder")
+        proxy.behave()
         os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
         assert daemon.result(task).exit_code == 5
         assert not stopped & {process.pid for process in victims.find(daemon.state)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from supervisor.processes import ProcessRow
 from supervisor.worker import Ended, Said, Started, Worker
 
 PREFETCHER = "image prefetcher"
+_numbers = itertools.count(1)
 
 
 class Line:
@@ -28,7 +30,8 @@ class Line:
     ) -> None:
         self.workload = ""  # whose prefetcher is at work
         self._actor, self._services, self._start = actor, services, start
-        self._worker = Worker(actor, services.watcher, name, heartbeat)
+        # An image is mounted again and again: what is still to be said of an earlier one's prefetcher is not of this one's.
+        self._worker = Worker(actor, services.watcher, f"{name} {next(_numbers)}", heartbeat)
         self._waiting: deque[str] = deque()
 
     def add(self, workload: str) -> None:
