@@ -13,7 +13,7 @@ from tests.faults.armed_daemon import ArmedDaemon
 from tests.faults.scenarios import BEGIN, PRINT, READY, check_ended
 from tests.node.test_tasks import stop, wait_for_output
 
-PROGRESS_S = 1.0
+PROGRESS_S = 2.0
 
 
 @pytest.fixture(scope="module")
