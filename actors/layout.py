@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 # linux/fs.h
@@ -60,12 +60,18 @@ class Layout:
         return self.run / "runtimes"
 
     def task(self, task: str) -> TaskLayout:
-        return TaskLayout(task, self.state / "tasks" / task, self.run / "tasks" / task)
+        return _of_task(self, task)
 
     def known_tasks(self) -> set[str]:
         """The tasks that have a directory, here or there."""
         homes = (self.state / "tasks", self.run / "tasks")
         return {entry.name for home in homes if home.is_dir() for entry in home.iterdir()}
+
+
+@lru_cache(1024)
+def _of_task(layout: Layout, task: str) -> TaskLayout:
+    # Kept, for its paths are many, and each actor of the task asks for them.
+    return TaskLayout(task, layout.state / "tasks" / task, layout.run / "tasks" / task)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ from supervisor.frames import Message
 from supervisor.tree import System
 
 JANITOR_S = 30.0
+PRUNE_S = 25e-6  # for each result that is kept: to look at one takes a fortieth of that
 RETRY_S = 1.0
 
 
@@ -113,7 +114,9 @@ class _DrainOver(Message, frozen=True):
 
 
 class _Janitor(Message, frozen=True):
-    pass
+    """Look for what is to be forgotten: since tasks have ended, or because time has passed."""
+
+    tasks_ended: bool
 
 
 class GatewayActor(Actor):
@@ -147,7 +150,8 @@ class GatewayActor(Actor):
             self._run(self._ledger.tasks[task])
         self._bridge.start()
         self._admit()
-        self.after(JANITOR_S, _Janitor())
+        self._will_prune = False
+        self.after(JANITOR_S, _Janitor(False))
 
     def on_end(self, reason: object) -> None:
         self._bridge.stop()
@@ -185,8 +189,7 @@ class GatewayActor(Actor):
             case WorkFailed(key, error):
                 logger.error("{} failed: {}", key, error)
             case _Janitor():
-                self._prune()
-                self.after(JANITOR_S, message)
+                self._prune(message)
             case Drain(timeout_s):
                 return self._drain(timeout_s)
             case _DrainOver():
@@ -397,7 +400,10 @@ class GatewayActor(Actor):
             self._bridge.send(client, Ended(request, result))
         known.waiting.clear()
         known.watching.clear()
-        self._prune()
+        if not self._will_prune:
+            # Not each time: to look at ten thousand results takes 6 ms.
+            self._will_prune = True
+            self.after(len(self._ledger.tasks) * PRUNE_S, _Janitor(True))
 
     def _released(self, task: str) -> None:
         self._ledger.released(task)
@@ -413,8 +419,12 @@ class GatewayActor(Actor):
             if isinstance(asked, MountImage):
                 self._bridge.send(client, Progress(asked.request, text))
 
-    def _prune(self) -> None:
+    def _prune(self, message: _Janitor) -> None:
         """Forget what the retention no longer keeps: rows, logs, and the place in the list."""
+        if message.tasks_ended:
+            self._will_prune = False
+        else:
+            self.after(JANITOR_S, message)
         expired = self._retention.expired(self._ledger)
         if expired:
             self._ledger.forget(expired)

@@ -149,11 +149,14 @@ def mounts_below(path: str) -> list[Mount]:
 
 def select_below(mountinfo: Iterable[bytes], path: str) -> list[Mount]:
     """`mounts_below` on given lines of a mountinfo file."""
+    at, below = _escaped(path), _escaped(path.rstrip("/")) + b"/"
     found = []
     for order, line in enumerate(mountinfo):
+        if at not in line:
+            continue  # a host with a thousand tasks has many thousands of these, and each task looks
         fields = line.split()
-        target = _unescape(fields[4])
-        if target == path or target.startswith(path.rstrip("/") + "/"):
+        if fields[4] == at or fields[4].startswith(below):
+            target = _unescape(fields[4])
             kind, source = fields[fields.index(b"-", 6) + 1 :][:2]
             mount = Mount(target, kind.decode(), _unescape(source), int(fields[2].partition(b":")[2]))
             found.append((target.count("/"), order, mount))
@@ -257,6 +260,11 @@ def _escape(path: str) -> str:
     return path.replace("\\", "\\\\")
 
 
+def _escaped(path: str) -> bytes:
+    """A path as mountinfo has it (show_mountinfo in fs/proc_namespace.c): space, tab, newline and backslash are octal there."""
+    return re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
+
+
 def _unescape(field: bytes) -> str:
-    """A path of mountinfo: space, tab, newline and backslash are octal there."""
+    """The other way round."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))

@@ -212,6 +212,11 @@ def end(container: Container, timeout_s: float) -> None:
                 os.close(pidfd)
 
 
+def gate_is_gone(container: Container) -> bool:
+    """Whether nobody waits to be started any more, in a container that was created; False when only the runtime knows."""
+    return gate.is_gone(container.runtime.name, container.runtime_state / gate.NAME)
+
+
 def state(container: Container, timeout_s: float) -> State | None:
     """What the runtime knows of the container; None when nothing.  Raises ContainerError when it does not answer."""
     done = _run(container, ["state", container.id], timeout_s)

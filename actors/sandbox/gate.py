@@ -25,6 +25,7 @@ from typing import Final
 from actors.sandbox.runtimes import CreateError
 from supervisor.pidfd import has_ended, is_stopped, open_pidfd, signal_process
 
+RUNTIMES: Final = ("crun", "runc")
 NAME: Final = "exec.fifo"  # in the runtime's directory for the container
 Hold = Callable[[int], None]
 
@@ -38,7 +39,7 @@ def open_gate(runtime: str, path: Path, pid_file: Path, timeout_s: float, hold: 
     `hold`: has another process hold a copy of a descriptor as well, before it returns.  False: this runtime has no such gate, or not
     this version of it.  Raises CreateError.
     """
-    if runtime not in ("crun", "runc") or not path.exists():
+    if runtime not in RUNTIMES or not path.exists():
         return False
     try:
         if runtime == "crun":
@@ -49,6 +50,11 @@ def open_gate(runtime: str, path: Path, pid_file: Path, timeout_s: float, hold: 
         raise CreateError("other", f"the container's gate cannot be opened: {error}") from None
     path.unlink(missing_ok=True)
     return True
+
+
+def is_gone(runtime: str, path: Path) -> bool:
+    """Whether the gate of a container that was created has been opened; False also for a runtime that has none."""
+    return runtime in RUNTIMES and path.parent.is_dir() and not path.exists()
 
 
 def _write(path: Path) -> None:

@@ -281,9 +281,11 @@ def test_states_from_creation_to_deletion(laboratory: Laboratory, runtime: Runti
     container = sandbox.container
     state = conmon.state(container, TIMEOUT_S)
     assert state is not None and (state.status, state.pid) == ("created", sandbox.created.container_pid)
+    assert not conmon.gate_is_gone(container)
     sandbox.start()
     state = conmon.state(container, TIMEOUT_S)
     assert state is not None and state.status == "running"
+    assert conmon.gate_is_gone(container) == (runtime.name != "gvisor")
     (sandbox.workspace / "go").touch()
     sandbox.finish()
     state = conmon.state(container, TIMEOUT_S)
