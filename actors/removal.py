@@ -42,8 +42,9 @@ class Removal:
 
     def remove(self, tree: Path) -> None:
         """Put HOME/KIND/TASK, or what is below it, aside; nothing happens where there is none.  Raises OSError."""
-        home = next(home for home in self._homes if home in tree.parents)
-        task, *rest = tree.relative_to(home).parts[1:]
+        path = os.fspath(tree)  # text, for paths are slow, and each task leaves four trees
+        home = next(home for home in self._homes if path.startswith(f"{home}/"))
+        task, *rest = path[len(f"{home}/") :].split("/")[1:]
         try:
             os.rename(tree, home / REMOVED / ".".join([task, str(next(self._numbers)), *rest]))
         except FileNotFoundError:
