@@ -123,6 +123,7 @@ class ImageMount:
         self._tracing: Tracing | None = None
         self._prefetching: Prefetching | None = None
         self._packs: set[str] = set()
+        self._packs_found: set[str] = set()  # workloads whose pack is somewhere
         self._programs: Programs | None = None
         self._holding = Holding(services, digest)
         self._plan = Plan(How.LAZY)
@@ -174,8 +175,8 @@ class ImageMount:
 
     def begin(self, workload: str, program: str) -> None:
         """A task of this workload begins, with that program unless the image has an entrypoint or "" is said."""
-        if self.archive is None or not self._lazy.minor or workload in self._packs:
-            return
+        if self.archive is None or not self._lazy.minor or workload in self._packs | self._packs_found:
+            return  # a pack has all of that, too
         if self._tracing is not None and workload not in self._tracing.known:
             return  # it is recorded, and its trace is not to have what it does not read
         info = self.archive.info
@@ -287,8 +288,10 @@ class ImageMount:
             case wire.Completed(rows):
                 self._completed.update(rows)
             case Prepared(workload, found) as prepared:
-                if found and self._tracing is not None:
-                    self._tracing.known.add(workload)
+                if found:
+                    self._packs_found.add(workload)
+                    if self._tracing is not None:
+                        self._tracing.known.add(workload)
                 return prepared
         return None
 

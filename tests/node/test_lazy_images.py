@@ -132,6 +132,7 @@ def test_what_a_program_needs_is_read_ahead_of_it(tmp_path: Path, registry: Runn
         cache = daemon.state / "images/cache"
         for path in others:
             wait_for((cache / Objects.path(hashlib.sha256(path.read_bytes()).hexdigest())).exists)
+        wait_for(lambda: "programs of" in daemon.command("events", "--json").stdout.decode())
 
 
 def out(daemon: Daemon, script: str, **changes: Any) -> str:

@@ -278,6 +278,8 @@ def test_packs_travel_through_the_bucket(
                 assert output(daemon) == EXPECTED
                 moved.append(proxy.body_bytes("/blobs/"))
                 assert not list((home / "state/images/archives").glob("*.trace"))
+            # Nor is the program read ahead of its task, of which the pack has all that is wanted.
+            assert "programs of" not in daemon.command("events", "--json").stdout.decode()
         [key] = [key for key in s3.keys(bucket) if "/packs/" in key]
         good = s3.read(bucket, key)
         s3.write(bucket, key, good[: len(good) // 2])
