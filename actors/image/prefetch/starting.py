@@ -21,7 +21,8 @@ from actors.lazytree.server import drop_privileges
 from supervisor.frames import Codec
 
 TIME_MAX_S = 60  # then the kernel ends it (SIGALRM)
-FILES_MAX = 64
+FILES_MAX = 64  # of one program, and
+PLACES_MAX = 16  # where each is looked for: what an image says is not to cost more than it can gain
 FILE_BYTES_MAX = 8 << 20  # of a larger one not nearly all is read
 ASK_BYTES = 128 << 10  # at once: the kernel does no more than a window of each posix_fadvise(2)
 
@@ -51,8 +52,8 @@ def ask_for(name: str, path: str) -> list[str]:
         with ExitStack() as stack:
             files = []
             # All that is known by name is asked for, before any of it is waited for.
-            for places in wanted:
-                for place in places:
+            for places in wanted[: FILES_MAX - len(asked)]:
+                for place in places[:PLACES_MAX]:
                     try:
                         file = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
                     except (OSError, ValueError):

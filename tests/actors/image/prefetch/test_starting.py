@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from actors.image.prefetch.program import parse
-from actors.image.prefetch.starting import read_program
+from actors.image.prefetch.starting import FILES_MAX, PLACES_MAX, ask_for, read_program
 from actors.image.wire import ReadProgram
 from actors.lazytree import mounts
 from actors.mount.serve import serve
 from supervisor.frames import Codec
+from tests.actors.image.prefetch.test_program import elf
 from tests.actors.lazytree.harness import Tree, fork, in_child, wait_in_time
 from tests.actors.lazytree.test_bounds import queued, wait_for
 
@@ -104,6 +105,23 @@ def test_what_is_no_program_needs_nothing(ahead: Ahead) -> None:
     for name in ("opt/ls", "", "/", "/opt", "/missing", "a\0b", "/opt/none"):
         ahead.read(name)
     assert ahead.is_there(set()) <= {"opt/none"}
+
+
+def test_however_much_a_program_says_that_it_needs_little_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries = tuple(f"lib{number}.so" for number in range(200))
+    (tmp_path / "program").write_bytes(elf(True, "<", ":".join(f"/nowhere/{number}" for number in range(200)), libraries))
+    looked: list[str] = []
+    opened = os.open
+
+    def counted(path: str, flags: int) -> int:
+        looked.append(path)
+        return opened(path, flags)
+
+    monkeypatch.setattr(os, "open", counted)
+    assert ask_for(str(tmp_path / "program"), "") == [str(tmp_path / "program")]
+    assert len(looked) < 1 + FILES_MAX * PLACES_MAX
 
 
 def test_nothing_of_it_stays_mounted(ahead: Ahead) -> None:
