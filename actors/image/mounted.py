@@ -175,7 +175,7 @@ class ImageMount:
 
     def begin(self, workload: str, program: str) -> None:
         """A task of this workload begins, with that program unless the image has an entrypoint or "" is said."""
-        if self.archive is None or not self._lazy.minor or workload in self._packs | self._packs_found:
+        if self.archive is None or not self._lazy.minor or workload in self._packs or workload in self._packs_found:
             return  # a pack has all of that, too
         if self._tracing is not None and workload not in self._tracing.known:
             return  # it is recorded, and its trace is not to have what it does not read

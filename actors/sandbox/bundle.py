@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from actors.image.messages import ImageConfig
+from actors.image.prefetch.program import DEFAULT_PATH
 
 UID: Final = 1000
 GID: Final = 1000
 WORKSPACE: Final = "/workspace"
 # What Docker and Podman give an image whose configuration names no PATH.
-DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 CPU_PERIOD_US: Final = 100_000
 CPU_QUOTA_US_MIN: Final = 1_000  # the kernel's least quota

@@ -17,9 +17,8 @@ from actors.image.layers.toc import TOC_BYTES_MAX, Chunk, Listed, TocUnusable
 
 # What comes out of a frame before its last chunk's end: a chunk, mostly; many small files, as eStargz' --min-chunk-size has them; a table.
 FRAME_BYTES_MAX = TOC_BYTES_MAX + (1 << 20)
-HEADER_BYTES_MAX = (
-    16 << 10
-)  # of an entry, on average; twice its content's size besides, and there is no tar that has room for so much
+# Of an entry, on average; twice its content's size besides, and there is no tar that has room for so much.
+HEADER_BYTES_MAX = 16 << 10
 UNLISTED_BYTES_MAX = 8 << 20  # compressed, between two frames: headers of entries without content
 
 

@@ -126,9 +126,8 @@ def _chunks_of(content: bytes, first: int, inner: int) -> Iterator[Chunk]:
 def _fetch(registry: Registry, layer: Descriptor, offset: int, length: int) -> bytes:
     """Raises TocUnusable for what cannot be in the layer, or is too long."""
     if not (0 < offset < layer.size and 0 < length <= layer.size - offset):
-        raise _Other(
-            "its table of contents is said to be where the layer is not"
-        )  # by a footer, which anybody may have changed
+        # By a footer, which anybody may have changed.
+        raise _Other("its table of contents is said to be where the layer is not")
     if length > PACKED_BYTES_MAX:
         raise _Other(f"its table of contents is of {length} bytes, at most {PACKED_BYTES_MAX} are read")
     try:

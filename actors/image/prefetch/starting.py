@@ -1,8 +1,8 @@
 """The process "image prefetcher", as it reads what a program needs at its start, while the container of its task is being made.
 
 Else ld.so asks for one library after the other, each a round trip to the registry or more.  It reads as tasks do, through an overlay of the
-image's layers (mounted nowhere, so it ends with this process), and what it reads is fetched once for both.  Not in the image's own server:
-one that is killed while it waits for itself does not die.
+image's layers (mounted nowhere, so it ends with this process), and what it reads is fetched once for both.  Not in the image's own server,
+which would wait for itself.
 """
 
 from __future__ import annotations

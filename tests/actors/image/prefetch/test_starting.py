@@ -41,6 +41,8 @@ def files() -> dict[str, bytes]:
 
 FILES = files()
 
+pytestmark = pytest.mark.alone  # what the kernel reads ahead is a hint to it, and on a loaded machine it may leave some
+
 
 class Ahead:
     """A tree with these files, all of them open and none of them read."""
@@ -64,6 +66,7 @@ class Ahead:
     def is_there(self, expected: set[str]) -> set[str]:
         """The files that can be read while the server answers nobody; `expected` have more time for that."""
         os.kill(self._server.pid, signal.SIGSTOP)
+        wait_for(lambda: Path(f"/proc/{self._server.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
         there = set()
         for name, file in self._files.items():
             try:
