@@ -31,11 +31,12 @@ from typing import Final
 from actors.sandbox import bundle, gate
 from actors.sandbox.cgroup import expect_moves
 from actors.sandbox.runtimes import ContainerError, CreateError, Runtime, create_error
-from supervisor.pidfd import copy_descriptor, is_same, open_pidfd, signal_process
+from supervisor.pidfd import copy_descriptor, has_ended, is_same, is_stopped, open_pidfd, signal_process
 
 ANSWER_BYTES_MAX: Final = 1 << 16
 CLEARING_TIMEOUT_S: Final = 10.0  # for what is left of a create that failed
 STATE_TIMEOUT_S: Final = 10.0
+STOP_LOOK_S: Final = 0.1  # between two looks whether somebody has stopped a conmon that is waited for
 KILLED_MAX: Final = 3  # times that the runtime may be killed at one start
 
 
@@ -126,18 +127,20 @@ def create(container: Container, command: str, attempt: int, environment: Mappin
 
 def find(container: Container) -> Created | None:
     """The container and its conmon, when both live: what `create` has answered, or would have, had its caller lived."""
-    conmon = _conmon_of(container)
-    if conmon is None:
-        return None
-    try:
-        found = Created(int(container.pid_file.read_text()), int(container.conmon_pid_file.read_text()))
-        # The pid may be another's by now; whose child the first process is, no other is.
-        parent = int(Path(f"/proc/{found.container_pid}/stat").read_text().rpartition(")")[2].split()[1])
-        return found if parent == found.conmon_pid else None
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    finally:
-        os.close(conmon)
+    with contextlib.ExitStack() as opened:
+        conmon = _conmon_of(container)
+        if conmon is None:
+            return None
+        opened.callback(os.close, conmon)
+        try:
+            found = Created(int(container.pid_file.read_text()), int(container.conmon_pid_file.read_text()))
+            first = open_pidfd(found.container_pid)
+            opened.callback(os.close, first)
+            # The pid may be another's by now; whose child the first process is, no other is.
+            parent = int(Path(f"/proc/{found.container_pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return found if parent == found.conmon_pid and not has_ended(first) else None
 
 
 def waits(container: Container) -> bool:
@@ -151,7 +154,7 @@ def waits(container: Container) -> bool:
 
 
 def exit_code(container: Container) -> int | None:
-    """The exit code as conmon wrote it down when the container ended; None when it has not.
+    """The exit code as conmon wrote it down when the container ended (see `wait_written`); None when it has not.
 
     It is 128 + n after signal n, and the same after `exit 128+n`: for when nobody holds the pidfd that could tell.
     """
@@ -159,6 +162,26 @@ def exit_code(container: Container) -> int | None:
         return int((container.monitor / "exits" / container.id).read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def wait_written(container: Container, timeout_s: float) -> None:
+    """Wait until the conmon of a container that has ended has ended as well, or the time is over.
+
+    It reaps first, then reads what is left in the pipes, and writes the exit code down at last.  One that somebody has stopped is
+    told to go on.
+    """
+    pidfd = _conmon_of(container)
+    if pidfd is None:
+        return
+    try:
+        deadline = time.monotonic() + timeout_s
+        waiting = select.poll()
+        waiting.register(pidfd, select.POLLIN)
+        while time.monotonic() < deadline and not waiting.poll(STOP_LOOK_S * 1000):
+            if is_stopped(pidfd):
+                signal_process(pidfd, signal.SIGCONT)
+    finally:
+        os.close(pidfd)
 
 
 def start(container: Container, timeout_s: float, hold: gate.Hold) -> None:

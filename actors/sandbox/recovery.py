@@ -7,7 +7,7 @@ A SandboxActor always starts with this look; for a new task there is nothing to 
     another boot's intent                    nobody can know how it ended: it is lost
     its process is there                     adopt it; the runtime says whether the command was started
     its process has ended, and is held       the kernel knows its wait status
-    no process, and conmon wrote its end     it has ended; code 128 + n leaves open whether by signal n or by itself
+    no process, and conmon writes its end    it has ended; code 128 + n leaves open whether by signal n or by itself
     no process, and none was ever created    begin anew
     its process waits, and is not held       begin anew
     no process, and nothing is held          nobody can know how it ended: it is lost
@@ -34,12 +34,14 @@ from actors.sandbox import conmon
 from actors.sandbox.attempt import Attempt, held
 from actors.sandbox.messages import Sink
 from actors.sandbox.record import Record
+from actors.sandbox.runtimes import ContainerError
 from actors.sandbox.states import Fact, Phase
 from actors.services import Services
 
 CREATED = frozenset({Fact.IMAGE, Fact.WORKSPACE, Fact.CREATED, Fact.INTENDED})
 STARTED = CREATED | {Fact.START_ASKED, Fact.STARTED}
 SIGNALLED = 128
+WRITTEN_S = 20.0  # for a conmon to write down how its container ended; nobody else knows it
 LOST = "nobody can know how it ended: {}; its output and workspace up to then are kept. Run it again if that is safe"
 
 
@@ -92,10 +94,13 @@ def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) ->
         # the container's pipes, when it finds that nobody listens.
         return _anew(services, task, found, attempt)
     if not is_held and not _collect(services, task, attempt):
+        is_created = attempt.container.pid_file.exists()
+        if is_created:
+            conmon.wait_written(attempt.container, WRITTEN_S)
         if (code := conmon.exit_code(attempt.container)) is not None:
             _mark_start(services, task, record, intended_at)
             return _ended(found, code)
-        if (attempt.layout.monitor / "pid").exists() and started_at is not None:
+        if is_created and started_at is not None:
             return _lost(found, "its process and everybody who watched it were killed")
         return _anew(services, task, found, attempt)
     # Its start was meant, and where there is a gate that tells whether it happened: the runtime need not be asked, 4 ms for each task.
@@ -150,11 +155,16 @@ def _lost(found: Found, why: str) -> Found:
 
 
 def _collect(services: Services, task: str, attempt: Attempt) -> bool:
-    """Collect again what keeper and root supervisor held, from conmon, which has outlived both; False when it is not there."""
+    """Collect again what keeper and root supervisor held, from conmon, which has outlived both; False when its container has ended."""
     created = conmon.find(attempt.container)
     if created is None:
         return False
-    descriptors = making.descriptors_of(created)
+    try:
+        descriptors = making.descriptors_of(created)
+    except (ContainerError, ProcessLookupError):
+        if conmon.find(attempt.container) is not None:
+            raise
+        return False  # it ended just now
     services.descriptors.keep({held(kind, task): number for kind, number in descriptors.items()})
     return True
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -280,3 +281,67 @@ def test_a_kill_while_a_mount_has_no_server_yet(daemon: Daemon, waiting: str, na
     assert (result.state, result.exit_code, result.sync) == ("stopped", 7, "synced")
     daemon.wait_released()
     assert daemon.leavings() == []
+
+
+SLOW_TO_WRITE_DOWN = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <string.h>
+#include <unistd.h>
+
+int rename(const char *from, const char *to) {
+    if (strstr(to, "/exits/"))
+        while (access(HELD, F_OK) == 0)
+            usleep(1000);
+    return ((int (*)(const char *, const char *))dlsym(RTLD_NEXT, "rename"))(from, to);
+}
+"""
+
+
+@pytest.mark.parametrize("moment", ["reaped", "reaped, and its conmon is stopped", "a zombie"])
+def test_a_container_that_ended_while_nobody_lived_and_whose_code_is_not_written_down_yet(
+    tmp_path: Path, image: str, moment: str
+) -> None:
+    """conmon reaps first, and writes the exit code down afterwards: a daemon that starts in between waits for it."""
+    held, library = tmp_path / "held", tmp_path / "slow.so"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-x", "c", f'-DHELD="{held}"', "-o", library, "-"],
+        input=SLOW_TO_WRITE_DOWN.encode(),
+        check=True,
+    )
+    wrapper = tmp_path / "bin" / "conmon"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nLD_PRELOAD={library} exec {shutil.which("conmon")} "$@"\n')
+    wrapper.chmod(0o755)
+    (tmp_path / "node").mkdir()
+    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+        task = daemon.submit(WAITING.replace("small other", "go"), workspace="work")
+        wait_for_lines(daemon, task, 1)
+        monitor = daemon.run_dir / "tasks" / task / "monitor"
+        first, conmon = (int((monitor / name).read_text()) for name in ("pid", "conmon.pid"))
+        held.touch()
+        for pid in map(daemon.pid_of, ["keeper", "root supervisor"]):
+            os.kill(pid, signal.SIGKILL)
+        daemon.reap()
+        if moment == "a zombie":
+            os.kill(conmon, signal.SIGSTOP)
+        (daemon.run_dir / "tasks" / task / "workspace/go").write_text("went\n")
+        deadline = time.monotonic() + PATIENCE_S
+        while state_of(first) != ("Z" if moment == "a zombie" else ""):
+            assert time.monotonic() < deadline
+        if moment == "reaped, and its conmon is stopped":
+            os.kill(conmon, signal.SIGSTOP)
+        daemon.start()
+        time.sleep(0.5)  # a daemon that does not wait has given it up by then
+        held.unlink()
+        result = daemon.result(task)
+        assert (result.state, result.exit_code, result.error, result.sync) == ("stopped", 7, None, "synced")
+        assert daemon.logs(task)[0] == b"begun\nwent\n"
+
+
+def state_of(pid: int) -> str:
+    """A process's state as proc_pid_stat(5) names it; "" when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
