@@ -8,7 +8,7 @@ A SandboxActor always starts with this look; for a new task there is nothing to 
     its process is there                     adopt it; the runtime says whether the command was started
     its process has ended, and is held       the kernel knows its wait status
     no process, and conmon writes its end    it has ended; code 128 + n leaves open whether by signal n or by itself
-    no process, and none was ever created    begin anew
+    no process, and none was ever let go     begin anew
     its process waits, and is not held       begin anew
     no process, and nothing is held          nobody can know how it ended: it is lost
 
@@ -100,7 +100,9 @@ def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) ->
         if (code := conmon.exit_code(attempt.container)) is not None:
             _mark_start(services, task, record, intended_at)
             return _ended(found, code)
-        if is_created and started_at is not None:
+        # The gate may have been opened before the mark of the start was durable.
+        if is_created and (started_at is not None or conmon.gate_is_gone(attempt.container)):
+            _mark_start(services, task, record, intended_at)
             return _lost(found, "its process and everybody who watched it were killed")
         return _anew(services, task, found, attempt)
     # Its start was meant, and where there is a gate that tells whether it happened: the runtime need not be asked, 4 ms for each task.

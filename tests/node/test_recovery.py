@@ -104,6 +104,24 @@ def test_each_task_is_dealt_with_as_it_stands(tmp_path: Path, image: str) -> Non
         daemon.wait_released()
 
 
+def test_a_task_that_was_let_go_before_that_was_on_record_does_not_run_twice(own: Daemon) -> None:
+    """Daemon, conmon and task killed between the opening of the gate and the durable mark of the start."""
+    task = own.submit(f"echo once >> ran; {WAIT}", workspace="work")
+    wait_for_output(own, task, b"ready\n")
+
+    def meanwhile() -> None:
+        in_the_store(own, "UPDATE tasks SET started_at = NULL, started_boot_s = NULL WHERE task = ?", task)
+        for pid in [*conmons(own, task), *container_processes(own, task)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not conmons(own, task))
+
+    start_again(own, meanwhile)
+    result = own.result(task)
+    assert (result.state, result.reason, result.sync) == ("failed", "lost", "synced")
+    assert (own.state / "workspaces/work/ran").read_text() == "once\n"
+
+
 def test_a_task_whose_record_is_gone_is_ended_and_all_of_it_removed(own: Daemon) -> None:
     """conmon, container, control group, FUSE server, every mount, directories, held descriptors: one of each, and each for real."""
     for name in (GHOST, "kept"):
