@@ -101,11 +101,12 @@ def is_stopped(pidfd: int) -> bool:
 
     Only a parent is told of that, so who is none must look.
     """
-    pid = pid_of(pidfd)
-    try:
-        return pid is not None and _stat(pid)[0] in ("T", "t") and pid_of(pidfd) == pid
-    except ProcessLookupError:
-        return False
+    return _state(pidfd) in ("T", "t")
+
+
+def is_asleep(pidfd: int) -> bool:
+    """Whether the process waits for something, in its first thread."""
+    return _state(pidfd) == "S"
 
 
 def set_child_subreaper() -> None:
@@ -136,6 +137,16 @@ def _zombie_status(pidfd: int) -> int | None:
         return None
     # Still there after the look at its number: what was looked at was it, and no later process of that number.
     return int(fields[49]) if fields[0] == "Z" and pid_of(pidfd) == pid else None
+
+
+def _state(pidfd: int) -> str | None:
+    """The state that /proc names; None when the process has been reaped."""
+    pid = pid_of(pidfd)
+    try:
+        state = None if pid is None else _stat(pid)[0]
+    except ProcessLookupError:
+        return None
+    return state if pid_of(pidfd) == pid else None
 
 
 def pid_of(pidfd: int) -> int | None:

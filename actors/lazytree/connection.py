@@ -6,6 +6,7 @@ connection.  Who that is its lock says (`supervisor.lockfile`), and the INIT req
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -36,9 +37,10 @@ def collect(lock: Path) -> tuple[int, bytes] | None:
         return None
     try:
         for number in os.listdir(f"/proc/{pid}/fd"):
-            # Still the holder after its pidfd was opened: so that is what the pidfd is of, and not who got its pid next.
-            if os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/fuse" and holder_of(lock) == pid:
-                return copy_descriptor(pidfd, int(number)), init_request
+            with contextlib.suppress(FileNotFoundError):  # it has closed that one since they were listed
+                # Still the holder after its pidfd was opened: so that is what the pidfd is of, and not who got its pid next.
+                if os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/fuse" and holder_of(lock) == pid:
+                    return copy_descriptor(pidfd, int(number)), init_request
     except (FileNotFoundError, ProcessLookupError):
         pass  # it has ended while it was looked at
     finally:

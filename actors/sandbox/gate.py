@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from actors.sandbox.runtimes import CreateError
-from supervisor.pidfd import has_ended, is_stopped, open_pidfd, signal_process
+from supervisor.pidfd import has_ended, is_asleep, is_stopped, open_pidfd, signal_process
 
 RUNTIMES: Final = ("crun", "runc")
 NAME: Final = "exec.fifo"  # in the runtime's directory for the container
@@ -42,10 +42,16 @@ def open_gate(runtime: str, path: Path, pid_file: Path, timeout_s: float, hold: 
     if runtime not in RUNTIMES or not path.exists():
         return False
     try:
-        if runtime == "crun":
-            _write(path)
-        else:
-            _read(path, pid_file, time.monotonic() + timeout_s, hold)
+        first = open_pidfd(int(pid_file.read_text()))
+        try:
+            if runtime == "crun":
+                _write(path, first, pid_file, time.monotonic() + timeout_s)
+            else:
+                _read(path, first, pid_file, time.monotonic() + timeout_s, hold)
+        finally:
+            os.close(first)
+    except ProcessLookupError:
+        pass  # it has ended, which its pidfd tells
     except OSError as error:
         raise CreateError("other", f"the container's gate cannot be opened: {error}") from None
     path.unlink(missing_ok=True)
@@ -57,13 +63,25 @@ def is_gone(runtime: str, path: Path) -> bool:
     return runtime in RUNTIMES and path.parent.is_dir() and not path.exists()
 
 
-def _write(path: Path) -> None:
+def _write(path: Path, first: int, pid_file: Path, deadline: float) -> None:
+    # Whoever opened the FIFO and was killed before he wrote has left the first process spinning, for the end of file is none to it.  It
+    # ends when it comes to read from a FIFO that has a writer again, and no byte yet.  So it is stopped, and finds the byte.
+    spins = not is_asleep(first) and waits(pid_file)
+    try:
+        if not spins or _stop(first, deadline):
+            _write_byte(path)
+    finally:
+        if spins:
+            signal_process(first, signal.SIGCONT)
+
+
+def _write_byte(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        return  # nobody waits: it was started, or has ended, which its pidfd tells
+        return  # nobody waits: it was started, or has ended
     try:
         os.write(descriptor, b"\0")
     except BrokenPipeError:
@@ -72,11 +90,7 @@ def _write(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read(path: Path, pid_file: Path, deadline: float, hold: Hold) -> None:
-    try:
-        first = open_pidfd(int(pid_file.read_text()))
-    except ProcessLookupError:
-        return  # it has ended
+def _read(path: Path, first: int, pid_file: Path, deadline: float, hold: Hold) -> None:
     # To open the FIFO is to let the first process go on to its write(2), which ends it when there is no reader any more.  So it is
     # stopped before, and goes on only when two processes hold the reading end: whoever is killed in between, the task is not.
     # (Met under load, where the first process takes milliseconds to wake up.)
@@ -99,7 +113,6 @@ def _read(path: Path, pid_file: Path, deadline: float, hold: Hold) -> None:
             os.close(descriptor)
     finally:
         signal_process(first, signal.SIGCONT)  # whatever went wrong, it does not stay stopped
-        os.close(first)
 
 
 def _stop(pidfd: int, deadline: float) -> bool:

@@ -151,8 +151,8 @@ class Operations:
         if shown := self._shown(path):
             if os.path.isdir(path):
                 return  # a file without a name is opened by its directory's (O_TMPFILE), and goes with this process
-            making = flags & (os.O_CREAT | os.O_TRUNC)
-            opened = partial_open(path, flags) if making and not path.startswith(GROUPS) else None
+            tells = flags & (os.O_CREAT | os.O_TRUNC) or Path(path).is_fifo()  # that it was opened is seen afterwards
+            opened = partial_open(path, flags) if tells and not path.startswith(GROUPS) else None
             self.reach(f"write {shown}", torn=opened)
 
     def _shown(self, path: str) -> str | None:

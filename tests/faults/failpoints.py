@@ -368,6 +368,11 @@ IN_A_ROW: dict[str, tuple[str, ...]] = {
         "commit UPDATE tasks.attempt TASK",
         "after commit UPDATE tasks.attempt TASK",
     ),
+    "a gate opened again": (
+        "torn write RUN/runtimes/crun/TASK.N/exec.fifo",
+        "signal SIGSTOP",
+        "signal SIGCONT",
+    ),
     "a task released": (
         "after commit UPDATE tasks.result TASK",
         "unmount RUN/tasks/TASK/workspace",

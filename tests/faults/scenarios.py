@@ -318,6 +318,7 @@ def a_start(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
 IN_A_ROW_SCENARIOS: dict[str, Callable[[ArmedDaemon, str, Kill], None]] = {
     "a start": a_start,
     "a task made anew": workspace,
+    "a gate opened again": plain,
     "a task released": workspace,
     "a workspace synced again": everything,
     "an image built again": a_new_image,

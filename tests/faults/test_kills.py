@@ -19,7 +19,7 @@ from actors.output.follower import Follower
 from tests.actors.image.images import RunningRegistry, member, tar
 from tests.actors.image.proxy import Proxy, silent
 from tests.faults import victims
-from tests.node.daemon import PATIENCE_S, Daemon, running
+from tests.node.daemon import PATIENCE_S, Daemon, running, state_of
 
 LINES = 300
 BIG_BYTES = 24 << 20
@@ -337,11 +337,3 @@ def test_a_container_that_ended_while_nobody_lived_and_whose_code_is_not_written
         result = daemon.result(task)
         assert (result.state, result.exit_code, result.error, result.sync) == ("stopped", 7, None, "synced")
         assert daemon.logs(task)[0] == b"begun\nwent\n"
-
-
-def state_of(pid: int) -> str:
-    """A process's state as proc_pid_stat(5) names it; "" when there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""

@@ -75,7 +75,8 @@ class Daemon:
             return self._process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             for pid in self.processes():
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             raise
 
     @property
@@ -192,7 +193,8 @@ class Daemon:
         """End and unmount everything, after a failure that left it in no state to do so itself."""
         while pids := self.processes():
             for pid in pids:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         for mount in mounts_below(str(self.state.parent)):
             unmount(mount.target, lazily=True)
 
@@ -267,7 +269,15 @@ class Daemon:
 def name_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it ended before the file was opened, or before it was read
+        return ""
+
+
+def state_of(pid: int) -> str:
+    """A process's state as proc_pid_stat(5) names it; "" when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
         return ""
 
 

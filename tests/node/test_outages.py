@@ -17,7 +17,7 @@ from tests.actors.image.images import RunningRegistry, member, tar
 from tests.actors.image.proxy import Proxy, silent
 from tests.actors.image.s3 import CREDENTIALS, RunningS3
 from tests.node.conftest import busybox_layer
-from tests.node.daemon import Daemon, running
+from tests.node.daemon import Daemon, running, state_of
 
 NOISE = random.Random(7).randbytes(4 << 20)
 SUM = hashlib.md5(NOISE).hexdigest()
@@ -136,7 +136,7 @@ def test_a_read_that_cannot_be_answered_ends_in_time_and_says_why(tmp_path: Path
             assert time.monotonic() - begun < 40, (result, daemon.logs(task), daemon.log.read_text()[-2000:])
             assert result.exit_code == 1 and b"Input/output error" in daemon.logs(task)[1]
             assert result.error and "a read failed" in result.error and registry.address in result.error
-            assert not [pid for pid in daemon.processes() if _state(pid) == "D"]
+            assert not [pid for pid in daemon.processes() if state_of(pid) == "D"]
     finally:
         registry.stop()
 
@@ -144,10 +144,3 @@ def test_a_read_that_cannot_be_answered_ends_in_time_and_says_why(tmp_path: Path
 def _made(path: Path) -> Path:
     os.makedirs(path, exist_ok=True)
     return path
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return ""

@@ -224,11 +224,12 @@ def test_a_creation_that_goes_on_behind_a_dead_daemons_back_leaves_nothing(tmp_p
 
 def conmons(daemon: Daemon, task: str) -> list[int]:
     """The pids of a task's conmon."""
-    return [
-        pid
-        for pid in daemon.processes()
-        if name_of(pid) == "conmon" and f"{task}.1".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    ]
+    found = []
+    for pid in daemon.processes():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if name_of(pid) == "conmon" and f"{task}.1".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
 
 
 def container_processes(daemon: Daemon, task: str) -> set[int]:

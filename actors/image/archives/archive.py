@@ -22,7 +22,7 @@ import re
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import BinaryIO
 
@@ -148,21 +148,11 @@ class Archive:
 def write_archive(directory: str, root: erofs.Node, rows: Iterable[Row], checkpoints: Checkpoints, info: ImageInfo) -> str:
     """Write the archive of `info.digest` and return its path, where it is whole and durable or not at all.
 
-    Raises OSError, and ValueError for a tree that EROFS cannot express.  What earlier writers that were killed have
-    left is removed.
+    Raises OSError, and ValueError for a tree that EROFS cannot express.
     """
-    _remove_abandoned(directory)
     path = archive_path(directory, info.digest)
-    temporary, file = _create(directory, os.path.basename(path).removesuffix(".aerie"))
-    with file:
-        try:
-            _write_sections(file, root, rows, checkpoints, info)
-            os.fsync(file.fileno())
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    _sync_directory(directory)
+    with _written(path) as file:
+        _write_sections(file, root, rows, checkpoints, info)
     return path
 
 
@@ -171,48 +161,28 @@ def receive_archive(directory: str, digest: str, fill: Callable[[BinaryIO], bool
 
     None when `fill` returns False: there was none.  Raises ArchiveInvalid for what is no archive or another image's, OSError.
     """
-    _remove_abandoned(directory)
     path = archive_path(directory, digest)
-    temporary, file = _create(directory, os.path.basename(path).removesuffix(".aerie"))
-    with file:
-        try:
+    try:
+        with _written(path) as file:
             if not fill(file):
-                os.unlink(temporary)
-                return None
+                raise _NothingCame
             file.flush()
-            info = Archive.open(temporary).info
+            info = Archive.open(file.name).info
             if info.digest != digest:
                 raise ArchiveInvalid(f"{path}: what came for it is the archive of {info.digest}")
-            os.fsync(file.fileno())
-            os.rename(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
-    _sync_directory(directory)
+    except _NothingCame:
+        return None
     return Archive.open(path, checked=True)
 
 
 def save_beside(path: str, pieces: Iterable[bytes]) -> int:
     """Write a file that belongs to an archive, "DIRECTORY/sha256-….something", whole and durable or not at all → its size in bytes.
 
-    Raises OSError.  What earlier writers that were killed have left is removed.
+    Raises OSError.
     """
-    directory, name = os.path.split(path)
-    _remove_abandoned(directory)
-    temporary, file = _create(directory, name.partition(".")[0])
-    with file:
-        try:
-            file.writelines(pieces)
-            size = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    _sync_directory(directory)
-    return size
+    with _written(path) as file:
+        file.writelines(pieces)
+        return file.tell()
 
 
 def hold(path: str) -> int:
@@ -279,6 +249,32 @@ def _digest(file: BinaryIO, length: int) -> bytes:
         sha256.update(piece)
         length -= len(piece)
     return sha256.digest()
+
+
+class _NothingCame(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _written(path: str) -> Iterator[BinaryIO]:
+    """A new file, to be filled: after the block it is at `path`, whole and durable; after an exception it is not there.
+
+    Raises OSError.  What earlier writers that were killed have left is removed.
+    """
+    directory, name = os.path.split(path)
+    _remove_abandoned(directory)
+    temporary, file = _create(directory, name.partition(".")[0])
+    with file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    _sync_directory(directory)
 
 
 def _create(directory: str, name: str) -> tuple[str, BinaryIO]:

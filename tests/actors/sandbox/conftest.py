@@ -240,11 +240,11 @@ def left(home: Path, parent: str) -> list[str]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                environment = (entry / "environ").read_bytes()
+                environment, arguments = (entry / "environ").read_bytes(), (entry / "cmdline").read_bytes()
             except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone; or the first of a machine like this
                 continue
             if f"AERIE_STATE_DIR={home}".encode() in environment.split(b"\0"):
-                found.append(f"process {entry.name}: {(entry / 'cmdline').read_bytes()!r}")
+                found.append(f"process {entry.name}: {arguments!r}")
     return found
 
 

@@ -351,6 +351,16 @@ def test_start_again_changes_nothing(laboratory: Laboratory, runtime: Runtime, e
     assert (sandbox.workspace / "ran").read_text() == "ran\n"
 
 
+def test_who_opened_cruns_gate_and_was_killed_before_the_byte_costs_the_task_nothing(laboratory: Laboratory) -> None:
+    """The first process spins then, and would fail if it met a gate that somebody has opened and not yet written to."""
+    for count in range(10):
+        sandbox = laboratory.create(laboratory.runtime("crun"), *shell("echo ran >> ran"))
+        os.close(os.open(sandbox.container.runtime_state / "exec.fifo", os.O_WRONLY | os.O_NONBLOCK))
+        sandbox.start()
+        assert os.waitstatus_to_exitcode(sandbox.finish()) == 0, count
+        assert (sandbox.workspace / "ran").read_text() == "ran\n"
+
+
 @pytest.mark.parametrize("again", [True, False])
 def test_a_start_that_is_killed_half_way_costs_the_task_nothing(laboratory: Laboratory, again: bool) -> None:
     """runc's first process must find a reader when it goes on: another holder of it, or whoever starts it again."""
