@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from actors.image.registry.login import Login
 from supervisor.frames import Message
 
@@ -30,6 +32,12 @@ class ImageConfig(Message, frozen=True):
     env: list[str]
     entrypoint: list[str]
     command: list[str]
+
+    def line(self, command: Sequence[str]) -> list[str]:
+        """A task's command line, as Docker and the OCI image specification make it: Entrypoint, then the command, or Cmd when there is
+        none.  Empty when nothing is left to run.
+        """
+        return [*self.entrypoint, *(command or self.command)]
 
 
 class RootfsReady(Message, frozen=True):

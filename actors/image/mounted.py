@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -173,18 +173,18 @@ class ImageMount:
         self._lazy.send(wire.BeginTrace(lease))
         return [str(self._lazy_target)]
 
-    def begin(self, workload: str, program: str) -> None:
-        """A task of this workload begins, with that program unless the image has an entrypoint or "" is said."""
+    def begin(self, workload: str, line: Sequence[str]) -> None:
+        """A task of this workload begins, with that command line, as far as it is known."""
         if self.archive is None or not self._lazy.minor or workload in self._packs or workload in self._packs_found:
             return  # a pack has all of that, too
         if self._tracing is not None and workload not in self._tracing.known:
             return  # it is recorded, and its trace is not to have what it does not read
-        info = self.archive.info
-        if line := [*info.entrypoint, *([program] if program else info.command)]:
-            if self._programs is None:
-                arguments = (self._actor, self._services, self._reference, self.lower, self.data, info.env)
-                self._programs = Programs(*arguments)
-            self._programs.read(line[0])
+        if not line:
+            return
+        if self._programs is None:
+            arguments = (self._actor, self._services, self._reference, self.lower, self.data, self.archive.info.env)
+            self._programs = Programs(*arguments)
+        self._programs.read(line[0])
 
     def released(self, lease: str) -> None:
         """A lease is given back."""

@@ -94,12 +94,10 @@ class Task:
 
 
 def arguments(image: ImageConfig, command: Sequence[str]) -> list[str]:
-    """The command line, as Docker and the OCI image specification make it: Entrypoint, then the command, or Cmd when there is none.
-
-    (`image.command` is what the image calls its Cmd.)  Raises BundleError when nothing is left to run, or for an argument that
-    execve(2) cannot take.
+    """The command line (`ImageConfig.line`).  Raises BundleError when nothing is left to run, or for an argument that execve(2)
+    cannot take.
     """
-    line = [*image.entrypoint, *(command or image.command)]
+    line = image.line(command)
     if not line or not line[0]:
         raise BundleError("no command: the image has no Entrypoint and no Cmd, so give one after --")
     for index, argument in enumerate(line):
