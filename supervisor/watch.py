@@ -29,6 +29,7 @@ class Watcher:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._ready: dict[int, Callable[[], None]] = {}
+        self._changing = threading.Lock()
         self._every_beat: list[Callable[[], None]] = []
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -91,14 +92,17 @@ class Watcher:
 
     def forget(self, descriptor: int) -> bool:
         """Watch it no longer → whether it was.  To be called before the descriptor is closed."""
-        watched = self._ready.pop(descriptor, None) is not None
-        if watched:
-            self._epoll.unregister(descriptor)
+        # Whoever hears that it is not watched any more may close it, and so not before the other thread has forgotten all of it.
+        with self._changing:
+            watched = self._ready.pop(descriptor, None) is not None
+            if watched:
+                self._epoll.unregister(descriptor)
         return watched
 
     def _watch(self, descriptor: int, ready: Callable[[], None]) -> None:
-        self._epoll.register(descriptor, select.EPOLLIN)  # an event that comes before the next line comes again
-        self._ready[descriptor] = ready
+        with self._changing:
+            self._epoll.register(descriptor, select.EPOLLIN)  # an event that comes before the next line comes again
+            self._ready[descriptor] = ready
 
     def _take(self, channel: Channel, arrived: Callable[[Any, list[int]], None], messages_max: int | None) -> bool:
         """Take what has arrived → whether no more will come."""

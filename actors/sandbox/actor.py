@@ -37,7 +37,7 @@ from supervisor.answers import Answer, Deferred, Refused, Worked, WorkFailed, re
 from supervisor.tree import System
 
 CONMON_S = 5.0  # how long conmon may take to write the last output and end, once its container has
-CREATIONS_MAX = 3  # of one task's container, in a row
+CREATE_AGAIN_S = (0.0, 0.05, 0.2, 0.5, 1.0)  # before a task's container is created once more, after it failed so often
 RETRY_S = 1.0  # before something that must be done, and failed, is tried again
 
 
@@ -70,7 +70,7 @@ class SandboxActor(Actor):
         self._result: TaskResult | None = None
         self._requests: dict[int, str] = {}
         self._choosing: list[Deferred] = []
-        self._creations = 1
+        self._creations_failed = 0
         self._making_workspace = self._remove_workspace = False
 
     # --- life ---
@@ -120,6 +120,13 @@ class SandboxActor(Actor):
                 self._know(Fact.KILL_ASKED)
             case ("time is over",):
                 self._check_clock()
+            case ("new attempt",) if self._life.facts & {Fact.STOP_ASKED, Fact.KILL_ASKED}:
+                self._know(Fact.FAILED)
+            case ("new attempt",):
+                # On record before anything of it exists.
+                assert self._attempt
+                self._attempt = self._host.attempt(self._task, self._attempt.number + 1, self._spec.runtime)
+                self._write("attempt", "UPDATE tasks SET attempt = ? WHERE task = ?", self._attempt.number)
             case ("again", effect):
                 self._carry_out([effect])
             case Worked(key, value):
@@ -301,10 +308,7 @@ class SandboxActor(Actor):
                 self._watching.begin()
                 self._know(Fact.CREATED)
             case "undone":
-                # A new attempt, on record before anything of it exists.
-                assert self._attempt
-                self._attempt = self._host.attempt(self._task, self._attempt.number + 1, self._spec.runtime)
-                self._write("attempt", "UPDATE tasks SET attempt = ? WHERE task = ?", self._attempt.number)
+                self.after(CREATE_AGAIN_S[self._creations_failed - 1], ("new attempt",))
             case "attempt":
                 self._create()
             case "intended":
@@ -342,7 +346,7 @@ class SandboxActor(Actor):
         match key:
             case "created" if self._may_create_again(error):
                 logger.warning("task {}: {}; it is created again", self._task, error)
-                self._creations += 1
+                self._creations_failed += 1
                 assert self._attempt
                 self.work("undone", making.undo, self._attempt, self._services.removal)
             case "created" | "start" | "workspace" | "undone" | "attempt":
@@ -414,7 +418,7 @@ class SandboxActor(Actor):
         return (
             isinstance(error, ContainerError | ProcessLookupError)
             and not (isinstance(error, CreateError) and error.kind != "other")
-            and self._creations < CREATIONS_MAX
+            and self._creations_failed < len(CREATE_AGAIN_S)
             and not self._life.facts & {Fact.STOP_ASKED, Fact.KILL_ASKED}
         )
 

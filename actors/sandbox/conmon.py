@@ -37,7 +37,7 @@ ANSWER_BYTES_MAX: Final = 1 << 16
 CLEARING_TIMEOUT_S: Final = 10.0  # for what is left of a create that failed
 STATE_TIMEOUT_S: Final = 10.0
 STOP_LOOK_S: Final = 0.1  # between two looks whether somebody has stopped a conmon that is waited for
-KILLED_MAX: Final = 3  # times that the runtime may be killed at one start
+KILLED_MAX: Final = 5  # times that the runtime may be killed at one start
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,8 @@ def delete(container: Container, timeout_s: float, force: bool = False) -> None:
         return
     done = _run(container, ["delete", *(["--force"] if force else []), container.id], timeout_s)
     if done.returncode:
-        raise ContainerError(f"{container.runtime.name} could not delete the container {container.id}: {done.stderr.strip()}")
+        why = done.stderr.strip() or ("it was killed" if done.returncode < 0 else f"exit code {done.returncode}")
+        raise ContainerError(f"{container.runtime.name} could not delete the container {container.id}: {why}")
 
 
 def end(container: Container, timeout_s: float) -> None:

@@ -20,6 +20,7 @@ from tests.actors.image.images import RunningRegistry, member, tar
 from tests.actors.image.proxy import Proxy, silent
 from tests.faults import victims
 from tests.node.daemon import PATIENCE_S, Daemon, running, state_of
+from tests.node.test_tasks import stop
 
 LINES = 300
 BIG_BYTES = 24 << 20
@@ -189,14 +190,15 @@ def test_a_stopped_conmon_goes_on(daemon: Daemon, task: str) -> None:
 def test_a_runtime_killed_at_its_work_costs_the_task_nothing(
     tmp_path: Path, image: str, runtime: str, verb: str, moment: str
 ) -> None:
-    """The first two calls of the verb are killed: each is made again."""
+    """The first calls of the verb are killed: each is made again."""
+    killed = 4 if verb == "create" else 2
     program, calls = shutil.which(runtime), tmp_path / "calls"
     work = f'{program} "$@" & sleep 0.01; kill -9 $! ;' if moment == "while it acts" else ""
     wrapper = tmp_path / "bin" / runtime
     wrapper.parent.mkdir()
     wrapper.write_text(
-        f'#!/bin/sh\ncase " $* " in *" {verb} "*) echo call >> {calls}; [ $(wc -l < {calls}) -gt 2 ] || {{ {work} kill -9 $$; }};; esac\n'
-        f'exec {program} "$@"\n'
+        f'#!/bin/sh\ncase " $* " in *" {verb} "*) echo call >> {calls}; '
+        f'[ $(wc -l < {calls}) -gt {killed} ] || {{ {work} kill -9 $$; }};; esac\nexec {program} "$@"\n'
     )
     wrapper.chmod(0o755)
     (tmp_path / "node").mkdir()
@@ -207,7 +209,25 @@ def test_a_runtime_killed_at_its_work_costs_the_task_nothing(
         daemon.wait_released()
         assert daemon.leavings() == []
     # What was killed at its work may have done it all the same.
-    assert len(calls.read_text().splitlines()) >= (3 if moment == "before it acts" else 1)
+    assert len(calls.read_text().splitlines()) >= (killed + 1 if moment == "before it acts" else 1)
+
+
+def test_a_task_that_is_stopped_is_not_created_once_more(tmp_path: Path, image: str) -> None:
+    calls, wrapper = tmp_path / "calls", tmp_path / "bin" / "crun"
+    wrapper.parent.mkdir()
+    wrapper.write_text(
+        f'#!/bin/sh\ncase " $* " in *" create "*) echo call >> {calls}; kill -9 $$;; esac\nexec {shutil.which("crun")} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    (tmp_path / "node").mkdir()
+    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+        task = daemon.submit("exit 7")
+        deadline = time.monotonic() + PATIENCE_S
+        while not calls.exists() or len(calls.read_text().splitlines()) < 5:  # the sixth would come a second later
+            assert time.monotonic() < deadline
+        result = stop(daemon, task)
+        assert (result.state, result.reason, result.exit_code) == ("failed", None, None)
+        assert len(calls.read_text().splitlines()) == 5
 
 
 def test_processes_that_do_one_piece_of_work_do_not_outlive_a_root_supervisor_even_when_they_are_stopped(

@@ -6,6 +6,9 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -250,3 +253,23 @@ def test_a_descriptor_that_can_be_read_is_told_once(watcher: Watcher) -> None:
     assert log.silent and not watcher.forget(reading)
     for end in (reading, writing):
         os.close(end)
+
+
+def test_a_descriptor_that_is_forgotten_while_it_is_told_of_may_be_closed_at_once(watcher: Watcher, logged: list[str]) -> None:
+    """And the next one that has its number is watched, and told of."""
+    told = threading.Semaphore(0)
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the two threads are to meet at every step
+    try:
+        for pause in range(5000):
+            descriptor = os.eventfd(1)
+            watcher.readable(descriptor, told.release)
+            end_s = time.perf_counter() + pause % 100 * 2e-6
+            while time.perf_counter() < end_s:
+                pass
+            forgotten = watcher.forget(descriptor)
+            os.close(descriptor)
+            assert forgotten or told.acquire(timeout=60)
+    finally:
+        sys.setswitchinterval(switch_s)
+    assert logged == []
