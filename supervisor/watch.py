@@ -52,7 +52,7 @@ class Watcher:
 
         def once() -> None:
             # Asked again: when the event is an earlier one's, of which this descriptor has taken the number, nobody has died.
-            if has_ended(pidfd) and self.forget(pidfd):
+            if has_ended(pidfd) and self._forget(pidfd, once):
                 ended()
 
         self._watch(pidfd, once)
@@ -61,7 +61,7 @@ class Watcher:
         """Call `told` once, when the descriptor can be read from, or has an error."""
 
         def once() -> None:
-            if self.forget(descriptor):
+            if self._forget(descriptor, once):
                 told()
 
         self._watch(descriptor, once)
@@ -76,7 +76,7 @@ class Watcher:
 
         def readable() -> None:
             if self._take(channel, arrived, ROUND_MAX):
-                self.forget(descriptor)
+                self._forget(descriptor, readable)
                 closed()
 
         self._watch(descriptor, readable)
@@ -92,12 +92,18 @@ class Watcher:
 
     def forget(self, descriptor: int) -> bool:
         """Watch it no longer → whether it was.  To be called before the descriptor is closed."""
+        return self._forget(descriptor)
+
+    def _forget(self, descriptor: int, only: Callable[[], None] | None = None) -> bool:
+        """`only`: if that is what watches it, and not another descriptor's, which has taken its number meanwhile."""
         # Whoever hears that it is not watched any more may close it, and so not before the other thread has forgotten all of it.
         with self._changing:
-            watched = self._ready.pop(descriptor, None) is not None
-            if watched:
-                self._epoll.unregister(descriptor)
-        return watched
+            ready = self._ready.get(descriptor)
+            if ready is None or (only is not None and ready is not only):
+                return False
+            del self._ready[descriptor]
+            self._epoll.unregister(descriptor)
+            return True
 
     def _watch(self, descriptor: int, ready: Callable[[], None]) -> None:
         with self._changing:
