@@ -290,11 +290,11 @@ class SandboxActor(Actor):
         assert self._attempt
         grace_s = self._services.settings.sandbox.stop_grace_s
         self.after(grace_s, ("grace is over",))
-        self.work("terminated", self._attempt.terminate, self._watching.container)
+        self.work("terminated", self._attempt.terminate, self._watching.copy())
 
     def _kill(self) -> None:
         assert self._attempt
-        self.work("killed", self._attempt.kill, self._watching.container)
+        self.work("killed", self._attempt.kill, self._watching.copy())
 
     # --- what becomes known ---
 

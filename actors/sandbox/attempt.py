@@ -71,8 +71,14 @@ class Attempt:
         return exec_error(text, bundle.command_in(self.layout.bundle))
 
     def terminate(self, pidfd: int) -> bool:
-        """Ask all its processes to end → whether nobody is there who would hear it, so that waiting is in vain."""
-        pid = pid_of(pidfd)
+        """Ask all its processes to end → whether nobody is there who would hear it, so that waiting is in vain.
+
+        `pidfd`: its first process's, which is closed.
+        """
+        try:
+            pid = pid_of(pidfd)
+        finally:
+            os.close(pidfd)
         if pid is None:
             return False  # it has ended
         processes = self.cgroup.processes()
@@ -88,8 +94,14 @@ class Attempt:
         return False
 
     def kill(self, pidfd: int) -> None:
-        """SIGKILL to its first process, with which the kernel kills the whole PID namespace, and to what else is in its group."""
-        signal_process(pidfd, signal.SIGKILL)
+        """SIGKILL to its first process, with which the kernel kills the whole PID namespace, and to what else is in its group.
+
+        `pidfd`: the first process's, which is closed.
+        """
+        try:
+            signal_process(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
         self.cgroup.kill(DELETE_TIMEOUT_S)
 
 

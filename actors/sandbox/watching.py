@@ -45,6 +45,13 @@ class Watching:
         """The container's pidfd, which is not the caller's."""
         return self._held("container")
 
+    def copy(self) -> int:
+        """A copy of the container's pidfd, for another thread to use and close: this one may be given up, and its number used again,
+        before that thread comes to it.
+        """
+        assert self.container is not None
+        return os.dup(self.container)
+
     @property
     def pid(self) -> int | None:
         """The container's, as long as it lives."""
