@@ -42,7 +42,7 @@ from supervisor.keeping import (
 )
 from supervisor.lockfile import sign_of
 from supervisor.orders import Orders, Standing
-from supervisor.pidfd import open_pidfd, signal_process
+from supervisor.pidfd import is_stopped, open_pidfd, signal_process
 from supervisor.pulse import Pulse
 from supervisor.rules import What
 from supervisor.sockets import connect_to
@@ -279,7 +279,8 @@ class Descriptors:
         with self._lock:
             if self._keeper is None or self._pulse is None or not lock_beside(self._path).exists():
                 return  # in the last case somebody has deleted the lock: where it beats now, nobody sees
-            number = self._pulse.look(sign_of(lock_beside(self._path)), time.monotonic())
+            stopped = not self._pulse.begun and is_stopped(self._keeper_pidfd)
+            number = self._pulse.look(sign_of(lock_beside(self._path)), time.monotonic(), stopped)
             if number is not None:
                 logger.warning("the keeper hangs; it is ended")
                 signal_process(self._keeper_pidfd, number)

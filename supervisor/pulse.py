@@ -22,7 +22,8 @@ DUMP_S: Final = 0.2  # between SIGABRT, at which a process says where it hangs, 
 class Pulse:
     """The pulse of the process `pid`.
 
-    Without a beat for `silence_s` it hangs, and so it does when it has not beaten at all for `begin_s`.
+    Without a beat for `silence_s` it hangs, and so it does when it has not beaten at all for `begin_s`; for `silence_s`, when
+    somebody has stopped it.
     """
 
     def __init__(self, pid: int, now_s: float, silence_s: float = SILENCE_S, begin_s: float = BEGIN_S) -> None:
@@ -34,9 +35,15 @@ class Pulse:
         self._suspected_s: float | None = None
         self._aborted_s: float | None = None
 
-    def look(self, sign: Sign, now_s: float) -> signal.Signals | None:
+    @property
+    def begun(self) -> bool:
+        """Whether it has beaten."""
+        return self._beats > 0
+
+    def look(self, sign: Sign, now_s: float, stopped: bool = False) -> signal.Signals | None:
         """What to send it at `now_s`, on the monotonic clock, when `sign` is what its lock says; to be asked every LOOK_S or so.
 
+        `stopped`: whether it is (`pidfd.is_stopped`); of one that has begun its silence tells that as well.
         SIGABRT: faulthandler writes to the daemon's log where every thread is.  Then SIGKILL.
         """
         late, self._look_s = now_s - self._look_s > LATE_S, now_s
@@ -47,8 +54,8 @@ class Pulse:
             beats != self._beats or late
         ):  # late: the machine slept, or the one who looks was stopped, and nobody else is to blame
             self._beats, self._beat_s, self._suspected_s = beats, now_s, None
-        elif now_s - self._beat_s < (self._silence_s if beats else self._begin_s):
-            pass
+        elif now_s - self._beat_s < (self._silence_s if beats or stopped else self._begin_s):
+            self._suspected_s = None
         elif self._suspected_s is None:
             self._suspected_s = now_s
         elif now_s - self._suspected_s >= LOOK_AGAIN_S:

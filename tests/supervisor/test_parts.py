@@ -14,7 +14,8 @@ import pytest
 
 from supervisor.lockfile import holder_of, sign_of
 from supervisor.parts import BACKOFF_S, Part, how
-from supervisor.pulse import BEGIN_S
+from supervisor.pidfd import is_stopped
+from supervisor.pulse import BEGIN_S, LOOK_S, SILENCE_S
 
 HOLDS_LOCK = (
     "import sys, time; from pathlib import Path; from supervisor.lockfile import LockFile\n"
@@ -100,6 +101,23 @@ def test_a_part_is_stopped_and_killed_when_that_takes_too_long(tmp_path: Path, i
 
 def test_how_it_ended_is_said_in_words() -> None:
     assert [how(code) for code in (0, 3, -9, None)] == ["exit code 0", "exit code 3", "killed by signal 9", "how is not known"]
+
+
+def test_a_part_that_somebody_stops_before_its_first_beat_hangs(tmp_path: Path) -> None:
+    """It is not given the time that one may take to begin on a busy machine."""
+    part = Part("part", tmp_path / "lock", ["/bin/sh", "-c", "kill -STOP $$; exec sleep 60"])
+    part.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not is_stopped(part.pidfd):
+            assert time.monotonic() < deadline
+        began_s = time.monotonic()
+        moments_s = [number * LOOK_S for number in range(int(5 / LOOK_S))]
+        assert next(second for second in moments_s if part.look(began_s + second)) >= SILENCE_S
+    finally:
+        part.signal(signal.SIGKILL)
+        wait_for(part)
+        assert part.ended() == -signal.SIGKILL
 
 
 def test_a_part_whose_lock_somebody_has_deleted_does_not_hang_for_that(tmp_path: Path) -> None:

@@ -54,6 +54,19 @@ def test_who_has_not_beaten_once_has_more_time(sign: Sign) -> None:
     assert BEGIN_S <= found[0] <= BEGIN_S + 3 * LOOK_S
 
 
+def test_who_is_stopped_has_no_more_time_to_begin_than_others_to_beat() -> None:
+    pulse = Pulse(PID, 0.0)
+    moments = [number * LOOK_S for number in range(int((SILENCE_S + 2) / LOOK_S))]
+    found = [moment for moment in moments if pulse.look(Sign(PID, 0), moment, stopped=True) == signal.SIGABRT]
+    assert SILENCE_S <= found[0] <= SILENCE_S + 3 * LOOK_S
+
+
+def test_who_was_stopped_for_a_moment_goes_on_beginning() -> None:
+    pulse = Pulse(PID, 0.0)
+    moments = [number * LOOK_S for number in range(int(BEGIN_S / LOOK_S))]
+    assert not any(pulse.look(Sign(PID, 0), moment, stopped=int(moment / LOOK_S) % 5 == 0) for moment in moments)
+
+
 @pytest.mark.parametrize("slept_s", [LATE_S + LOOK_S, 100.0])
 def test_who_did_not_look_for_long_begins_to_count_anew(slept_s: float) -> None:
     """The machine was suspended, or the one who looks was stopped."""
