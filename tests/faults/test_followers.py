@@ -86,7 +86,9 @@ def test_they_outlast_keeper_and_root_supervisor(own: Daemon, away_s: float) -> 
     clients.start(
         "batch", "batch", "--parallel", "3", "-", stdin=lines(*((f"line-{n}", n) for n in range(1, 7)), image=own.image)
     )
-    clients.start("stop", "stop", "--json", own.submit("trap '' TERM; sleep 4; exit 4", task="stopped"))
+    own.submit("trap 'sleep 2; exit 4' TERM; echo ready; while :; do sleep 0.05; done", task="stopped")
+    wait_for_lines(own, "stopped", 1)  # one that had not begun would not have been cancelled
+    clients.start("stop", "stop", "--json", "stopped")
     clients.wait_connected()
     wait_for_lines(own, "submitted", 5)
     for pid in (own.pid_of("keeper"), own.pid_of("root supervisor")):
@@ -107,7 +109,8 @@ def test_they_outlast_keeper_and_root_supervisor(own: Daemon, away_s: float) -> 
     assert ({row["task"]: row["exit_code"] for row in results}, len(results)) == ({f"line-{n}": n for n in range(1, 7)}, 6)
     assert (stderr, code) == (b"", 0)
     stdout, stderr, code = clients.end("stop")
-    assert (json.loads(stdout)["reason"], stderr, code) == ("cancelled", b"", 0)
+    ended = json.loads(stdout)
+    assert (ended["reason"], ended["exit_code"], stderr, code) == ("cancelled", 4, b"", 0)
 
 
 def test_a_task_that_ends_while_nobody_is_there_is_followed_to_its_end(own: Daemon) -> None:
