@@ -203,9 +203,10 @@ def test_what_a_task_writes_without_a_workspace_is_thrown_away(daemon: Daemon) -
 
 def test_two_tasks_on_one_workspace_do_not_overwrite_each_other(daemon: Daemon) -> None:
     daemon.run("echo base > file", workspace="shared")
-    first = daemon.submit("echo first > file; echo ready; sleep 1", workspace="shared")
+    first = daemon.submit("echo first > file; echo ready; until [ -e go ]; do sleep 0.05; done", workspace="shared")
     wait_for_output(daemon, first, b"ready\n")
     assert daemon.run("cat file; echo second > file", workspace="shared").sync == "synced"
+    (daemon.run_dir / "tasks" / first / "workspace/go").touch()
     late = daemon.result(first)
     assert late.sync == "conflict" and late.conflicts
     store = daemon.state / "workspaces" / "shared"
