@@ -50,9 +50,8 @@ class Pulse:
         beats = sign.beats if sign.pid == self._pid else 0  # else it is an earlier holder's, and the process only begins
         if self._aborted_s is not None:
             return signal.SIGKILL if now_s - self._aborted_s >= DUMP_S else None
-        if (
-            beats != self._beats or late
-        ):  # late: the machine slept, or the one who looks was stopped, and nobody else is to blame
+        if beats != self._beats or late:
+            # Late: the machine slept, or the one who looks was stopped, and nobody else is to blame.
             self._beats, self._beat_s, self._suspected_s = beats, now_s, None
         elif now_s - self._beat_s < (self._silence_s if beats or stopped else self._begin_s):
             self._suspected_s = None

@@ -216,11 +216,11 @@ class ImageActor(Actor):
             if len(self._mounting_root[lease]) == 1:
                 self.work(("root", lease), self._mount_root, image, lease)
         else:
-            data = None if image.mount is None else image.mount.data_for(lease, asked.message.workload)
-            self._given[lease] = given = self._lease_on(image, lease, None, data)
-            if image.mount is not None and asked.message.workload:
-                program = asked.message.program
-                image.mount.begin(asked.message.workload, given.config.line([program] if program else []))
+            assert image.mount is not None
+            workload, program = asked.message.workload, asked.message.program
+            self._given[lease] = given = self._lease_on(image, lease, None, image.mount.data_for(lease, workload))
+            if workload:
+                image.mount.begin(workload, given.config.line([program] if program else []))
             asked.reply.set(given)
 
     def _lease_on(self, image: Image, lease: str, path: str | None, data: list[str] | None = None) -> messages.RootfsReady:

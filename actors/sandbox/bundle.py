@@ -28,7 +28,6 @@ from actors.image.prefetch.program import DEFAULT_PATH
 UID: Final = 1000
 GID: Final = 1000
 WORKSPACE: Final = "/workspace"
-# What Docker and Podman give an image whose configuration names no PATH.
 
 CPU_PERIOD_US: Final = 100_000
 CPU_QUOTA_US_MIN: Final = 1_000  # the kernel's least quota

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -19,7 +18,7 @@ from actors.output.follower import Follower
 from tests.actors.image.images import RunningRegistry, member, tar
 from tests.actors.image.proxy import Proxy, silent
 from tests.faults import victims
-from tests.node.daemon import PATIENCE_S, Daemon, running, state_of
+from tests.node.daemon import PATIENCE_S, Daemon, in_place_of, running, state_of
 from tests.node.test_tasks import stop
 
 LINES = 300
@@ -157,16 +156,11 @@ def test_a_hung_process_is_found_by_its_silence_and_replaced(daemon: Daemon, tas
 
 def test_a_conmon_that_found_nobody_to_tell_that_it_has_created_costs_no_output(tmp_path: Path, image: str) -> None:
     """It is stopped before it can say so, and goes on when the root supervisor that waited for it is dead."""
-    program, stopped = shutil.which("crun"), tmp_path / "stopped"
-    wrapper = tmp_path / "bin" / "crun"
-    wrapper.parent.mkdir()
-    wrapper.write_text(
-        f'#!/bin/sh\ncase " $* " in *" create "*) [ -e {stopped} ] || '
-        f'{{ {program} "$@"; kill -STOP $PPID; echo > {stopped}; exit 0; }};; esac\nexec {program} "$@"\n'
-    )
-    wrapper.chmod(0o755)
+    stopped = tmp_path / "stopped"
+    act = f'[ -e {stopped} ] || {{ $program "$@"; kill -STOP $PPID; echo > {stopped}; exit 0; }}'
+    path = in_place_of("crun", tmp_path, f'case " $* " in *" create "*) {act};; esac\nexec $program "$@"')
     (tmp_path / "node").mkdir()
-    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+    with running(tmp_path / "node", image, PATH=path) as daemon:
         task = daemon.submit("echo ran >> ran; echo out; echo err >&2; exit 7", workspace="work")
         deadline = time.monotonic() + 60
         while not stopped.exists():
@@ -192,17 +186,12 @@ def test_a_runtime_killed_at_its_work_costs_the_task_nothing(
 ) -> None:
     """The first calls of the verb are killed: each is made again."""
     killed = 4 if verb == "create" else 2
-    program, calls = shutil.which(runtime), tmp_path / "calls"
-    work = f'{program} "$@" & sleep 0.01; kill -9 $! ;' if moment == "while it acts" else ""
-    wrapper = tmp_path / "bin" / runtime
-    wrapper.parent.mkdir()
-    wrapper.write_text(
-        f'#!/bin/sh\ncase " $* " in *" {verb} "*) echo call >> {calls}; '
-        f'[ $(wc -l < {calls}) -gt {killed} ] || {{ {work} kill -9 $$; }};; esac\nexec {program} "$@"\n'
-    )
-    wrapper.chmod(0o755)
+    calls = tmp_path / "calls"
+    work = '$program "$@" & sleep 0.01; kill -9 $! ;' if moment == "while it acts" else ""
+    act = f"echo call >> {calls}; [ $(wc -l < {calls}) -gt {killed} ] || {{ {work} kill -9 $$; }}"
+    path = in_place_of(runtime, tmp_path, f'case " $* " in *" {verb} "*) {act};; esac\nexec $program "$@"')
     (tmp_path / "node").mkdir()
-    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+    with running(tmp_path / "node", image, PATH=path) as daemon:
         result = daemon.result(daemon.submit("echo once >> ran; exit 7", "task", runtime=runtime, workspace="work"))
         assert (result.state, result.exit_code, result.error) == ("stopped", 7, None)
         assert (daemon.state / "workspaces/work/ran").read_text() == "once\n"
@@ -213,14 +202,11 @@ def test_a_runtime_killed_at_its_work_costs_the_task_nothing(
 
 
 def test_a_task_that_is_stopped_is_not_created_once_more(tmp_path: Path, image: str) -> None:
-    calls, wrapper = tmp_path / "calls", tmp_path / "bin" / "crun"
-    wrapper.parent.mkdir()
-    wrapper.write_text(
-        f'#!/bin/sh\ncase " $* " in *" create "*) echo call >> {calls}; kill -9 $$;; esac\nexec {shutil.which("crun")} "$@"\n'
-    )
-    wrapper.chmod(0o755)
+    calls = tmp_path / "calls"
+    act = f"echo call >> {calls}; kill -9 $$"
+    path = in_place_of("crun", tmp_path, f'case " $* " in *" create "*) {act};; esac\nexec $program "$@"')
     (tmp_path / "node").mkdir()
-    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+    with running(tmp_path / "node", image, PATH=path) as daemon:
         task = daemon.submit("exit 7")
         deadline = time.monotonic() + PATIENCE_S
         while not calls.exists() or len(calls.read_text().splitlines()) < 5:  # the sixth would come a second later
@@ -329,12 +315,9 @@ def test_a_container_that_ended_while_nobody_lived_and_whose_code_is_not_written
         input=SLOW_TO_WRITE_DOWN.encode(),
         check=True,
     )
-    wrapper = tmp_path / "bin" / "conmon"
-    wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nLD_PRELOAD={library} exec {shutil.which("conmon")} "$@"\n')
-    wrapper.chmod(0o755)
+    path = in_place_of("conmon", tmp_path, f'LD_PRELOAD={library} exec $program "$@"')
     (tmp_path / "node").mkdir()
-    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+    with running(tmp_path / "node", image, PATH=path) as daemon:
         task = daemon.submit(WAITING.replace("small other", "go"), workspace="work")
         wait_for_lines(daemon, task, 1)
         monitor = daemon.run_dir / "tasks" / task / "monitor"

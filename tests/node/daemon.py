@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +280,15 @@ def state_of(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+def in_place_of(program: str, home: Path, script: str) -> str:
+    """Put a shell script in a program's place, which is `$program` in it → the PATH on which it is found."""
+    place = home / "bin" / program
+    place.parent.mkdir()
+    place.write_text(f"#!/bin/sh\nprogram={shutil.which(program)}\n{script}\n")
+    place.chmod(0o755)
+    return f"{place.parent}:{os.environ['PATH']}"
 
 
 @contextmanager

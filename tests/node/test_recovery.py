@@ -19,7 +19,7 @@ import pytest
 
 from actors.lazytree import mounts
 from supervisor.keeper import EXIT_FAILED
-from tests.node.daemon import PROGRAM, Daemon, name_of, running
+from tests.node.daemon import PROGRAM, Daemon, in_place_of, name_of, running
 from tests.node.test_tasks import stop, wait_for_output
 
 WAIT = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done"
@@ -175,15 +175,11 @@ def test_a_control_group_that_was_left_is_emptied_and_removed(own: Daemon) -> No
 
 def test_a_call_of_a_runtime_whose_caller_is_dead_is_ended(tmp_path: Path, image: str) -> None:
     """It hangs, and nobody would ever wait for it again."""
-    program, called = shutil.which("runc"), tmp_path / "called"
-    wrapper = tmp_path / "bin" / "runc"
-    wrapper.parent.mkdir()
-    wrapper.write_text(
-        f'#!/bin/sh\ncase " $* " in *" delete "*) [ -e {called} ] || {{ echo $$ > {called}; kill -STOP $$; }};; esac\nexec {program} "$@"\n'
-    )
-    wrapper.chmod(0o755)
+    called = tmp_path / "called"
+    act = f"[ -e {called} ] || {{ echo $$ > {called}; kill -STOP $$; }}"
+    path = in_place_of("runc", tmp_path, f'case " $* " in *" delete "*) {act};; esac\nexec $program "$@"')
     (tmp_path / "node").mkdir()
-    with running(tmp_path / "node", image, PATH=f"{wrapper.parent}:{os.environ['PATH']}") as daemon:
+    with running(tmp_path / "node", image, PATH=path) as daemon:
         assert daemon.run("exit 7", runtime="runc").exit_code == 7
         eventually(called.exists)
         assert "1 process" in start_again(daemon)
@@ -207,11 +203,8 @@ def test_directories_and_an_image_mount_of_nobody_are_removed(own: Daemon) -> No
 
 def test_a_creation_that_goes_on_behind_a_dead_daemons_back_leaves_nothing(tmp_path: Path, image: str) -> None:
     """The runtime takes longer than the root supervisor needs to be there again: the task runs once, as a second attempt."""
-    slow = tmp_path / "bin" / "crun"
-    slow.parent.mkdir()
-    slow.write_text('#!/bin/sh\ncase "$*" in *create*) sleep 2;; esac\nexec /usr/bin/crun "$@"\n')
-    slow.chmod(0o755)
-    with running(tmp_path, image, PATH=f"{slow.parent}:{os.environ['PATH']}") as daemon:
+    path = in_place_of("crun", tmp_path, 'case "$*" in *create*) sleep 2;; esac\nexec $program "$@"')
+    with running(tmp_path, image, PATH=path) as daemon:
         task = daemon.submit("echo ran; exit 7", task="slow")
         eventually(lambda: bool(conmons(daemon, task)))
         first = conmons(daemon, task)
