@@ -201,12 +201,13 @@ class ImageMount:
     def adopt(self) -> bool:
         """Take over what an earlier incarnation has mounted → whether it is whole; what is not is unmounted.  Blocks."""
         try:
-            if str(self._meta) in {mount.target for mount in mounts.mounts_below(str(self._meta))} and self._lazy.adopt():
+            if str(self._meta) in {mount.target for mount in mounts.mounts_below(str(self._meta))} and self._lazy.find():
+                if self._lazy.minor:
+                    self._keep_spool()  # first: a server that is started is given it, and we publish from it
+                self._lazy.adopt()
                 self._holding.keep(self._archive_path)
                 self.archive = Archive.open(self._archive_path)
                 self._holding.hold(self.archive, self._reference, self.login is not None)
-                if self._lazy.minor:
-                    self._keep_spool()
                 if self._prefetches and self._lazy.minor:
                     self._look_for_packs()
                     self._begin_prefetching()

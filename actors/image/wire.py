@@ -263,6 +263,6 @@ TRACE_PART_BYTES = 32 << 10
 
 
 class Taken(Message, frozen=True):
-    """To an image mount: these objects are in OBJECTS now, or their content in the spool was not theirs.  Their space is free."""
+    """To an image mount: these objects are in OBJECTS now, and their space is free; or what the spool has of them is not theirs."""
 
     rows: list[int]

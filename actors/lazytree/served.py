@@ -111,8 +111,8 @@ class LazyServer:
         self._released = False
         self._awaited: int | None = None  # the connection, while it is watched for the first request
 
-    def adopt(self) -> bool:
-        """Find the mount and the server that an earlier incarnation left; a server that has died meanwhile is replaced at once.
+    def find(self) -> bool:
+        """Find the mount that an earlier incarnation left; `adopt` is to follow.
 
         → False when there is a mount and nobody holds its connection any more: it answers with errors only.
         """
@@ -124,16 +124,19 @@ class LazyServer:
         if descriptors.get(self._fuse) is None and (collected := collect(self._lock)):
             connection, init_request = collected
             descriptors.keep({self._fuse: connection}, {self._fuse: init_request})
-        if descriptors.get(self._fuse) is None:
-            return False
+        return descriptors.get(self._fuse) is not None
+
+    def adopt(self) -> None:
+        """Take over the server of the mount that was found, if there is one; a server that has died meanwhile is replaced at once."""
+        if not self.minor:
+            return
         self._served = True
         self._listen()
-        standing = descriptors.standing(self._held)
+        standing = self._services.descriptors.standing(self._held)
         if standing is None:
             self._serve()
         else:
             self._adopt(standing)  # one that has ended too: that is heard in a moment
-        return True
 
     def open(self) -> int:
         """Mount LAZY, which nobody serves yet → what `start` wants to know.  Blocks: for the worker pool.  Raises OSError.

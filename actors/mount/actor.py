@@ -78,7 +78,8 @@ class MountActor(Actor):
         if (mark := self._layout.workspace_home / "name").exists():
             self._workspace = mark.read_text()
         if self._mounted:
-            self._server.adopt()
+            if self._server.find():
+                self._server.adopt()
             self._sync_later(0.0)
 
     def on_end(self, reason: object) -> None:

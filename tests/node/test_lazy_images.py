@@ -391,6 +391,24 @@ def test_a_kill_while_cold_content_is_read_costs_nothing(
         assert (result.exit_code, result.error) == (0, None), (result, stderr, daemon.log.read_text()[-3000:])
         sums = [line.split()[0] for line in stdout.decode().splitlines()]
         assert sums == [md5(number) for number in numbers]
+        assert "is damaged" not in daemon.log.read_text()  # nothing was; it would have been mended, and the registry blamed
+
+
+def test_what_is_read_after_keeper_and_root_supervisor_were_killed_is_kept(tmp_path: Path, big: Big) -> None:
+    """The spool that they held is gone; the next server has the one from which the next root supervisor publishes."""
+    with cold(tmp_path, big) as daemon:
+        task = daemon.submit("until [ -e /go ]; do sleep 0.1; done; md5sum /data/12")
+        daemon.wait_running(task)
+        server = daemon.pid_of(f"image mount {big.reference}")
+        for pid in (daemon.tree()["pid"], daemon.pid_of("root supervisor")):
+            os.kill(pid, signal.SIGKILL)
+        daemon.close_client()
+        daemon.start()
+        daemon.wait_pid(f"image mount {big.reference}", other_than=server)
+        (daemon.run_dir / "tasks" / task / "root/go").touch()
+        assert daemon.result(task).exit_code == 0
+        assert daemon.logs(task)[0].split()[0].decode() == md5(12)
+        wait_for((daemon.state / "images/cache" / Objects.path(hashlib.sha256(content(12)).hexdigest())).exists)
 
 
 def test_take_over_under_a_task_that_reads_cold_content(tmp_path: Path, big: Big) -> None:

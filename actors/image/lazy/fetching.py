@@ -33,7 +33,6 @@ class Fetcher:
         timeout_s: float,
     ) -> None:
         self.fetched_bytes = 0  # compressed
-        self.has_mirrors = False
         self.mirrors_distrusted = False
         self._spans = spans
         self._reference = reference
@@ -52,25 +51,23 @@ class Fetcher:
         `through` is told, again and again, up to where in the layer all of them has come.
         """
         span = self._spans.run(layer, first, last)
-        while True:
+        try:
             try:
                 return self._fetch(layer, span, through)
-            except ContentCorrupt as error:
-                if self.distrust_mirrors():
-                    continue
-                digest = self._layers[layer]
-                raise SourceError(f"{self._reference}: the registry's copy of {digest} is damaged: {error}") from None
-            except ImageError as error:
-                raise SourceError(str(error)) from None
+            except ContentCorrupt:  # by a mirror, perhaps, or on its way here
+                self.distrust_mirrors()
+                return self._fetch(layer, span, through)
+        except ContentCorrupt as error:
+            raise SourceError(f"{self._reference}: the registry's copy of {self._layers[layer]} is damaged: {error}") from None
+        except ImageError as error:
+            raise SourceError(str(error)) from None
 
-    def distrust_mirrors(self) -> bool:
-        """Something was not what its digest says: ask the registry only from now on → whether a mirror may have done it."""
+    def distrust_mirrors(self) -> None:
+        """Something was not what its digest says: ask the registry only from now on."""
         with self._lock:
-            if self.mirrors_distrusted:
-                return False
             self.mirrors_distrusted = True
-            asked = [registry.distrust_mirrors() for registry in self._registries]
-            return True in asked
+            for registry in self._registries:
+                registry.distrust_mirrors()
 
     def _fetch(self, layer: int, span: Span, through: Callable[[int], None]) -> list[int]:
         registry = self._borrow()
@@ -116,7 +113,6 @@ class Fetcher:
             if self._idle:
                 return self._idle.pop()
             registry = self._connect()
-            self.has_mirrors = registry.has_mirrors
             if self.mirrors_distrusted:
                 registry.distrust_mirrors()
             self._registries.append(registry)

@@ -53,6 +53,7 @@ class _Flight:
     def __init__(self, layer: int, first: int, last: int, unasked: bool) -> None:
         self.layer, self.first, self.last = layer, first, last
         self.unasked = unasked  # nobody waited when it began
+        self.is_torn = False  # the spool was emptied or changed under it
         self.landed = trio.Event()
         self.through = 0  # of the layer: all of the flight before it is in the spool
         self.moved = trio.Event()  # `through` or `landed` has changed
@@ -110,9 +111,8 @@ class RegistrySource:
         self._fetches = trio.CapacityLimiter(FETCHES_MAX)
         self._flights: dict[tuple[int, int], _Flight] = {}
         self._landings = 0
-        self._landed: dict[
-            tuple[int, int], int
-        ] = {}  # the spans that were fetched, the longest ago first: which landing it was
+        # The spans that were fetched, the longest ago first: which landing it was; 0 if what came need not be what is there.
+        self._landed: dict[tuple[int, int], int] = {}
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
         self._giving_up = trio.Lock()
@@ -126,11 +126,7 @@ class RegistrySource:
         self._flying_ahead = 0
         self._urgent, self._quiet = 0, trio.Event()  # reads that wait for a fetch, and when there are none any more
         self._quiet.set()
-        self._unasked: set[tuple[int, int]] = (
-            set()
-        )  # spans that were fetched before they were asked for: damage is nobody's EIO
         self._freed = trio.Event()  # something in the spool has been given up for OBJECTS
-        self._from_mirrors: set[tuple[int, int]] = set()  # spans that perhaps came from one, before they were distrusted
 
     @property
     def fetched(self) -> tuple[int, float]:
@@ -175,10 +171,10 @@ class RegistrySource:
                 if isinstance(found, bytes):
                     return found
             with self._urgency(), ExitStack() as pins:
-                forgiven: set[tuple[int, int]] = set()
+                damaged: set[int] = set()
                 for round_ in range(ROUNDS_MAX):
                     pins.enter_context(self._pinned(content.layer, found.spans))
-                    await self._get(index, row, content, found, looked, round_ > 0, forgiven)
+                    await self._get(index, row, content, found, looked, round_ > 0, damaged)
                     looked = self._landings
                     found = await self._in_thread(self._loads, self._held.load, row, content, offset, size)
                     if isinstance(found, bytes):
@@ -209,13 +205,13 @@ class RegistrySource:
         content: LayerContent,
         found: Missing,
         looked: int,
-        fetched: bool,
-        forgiven: set[tuple[int, int]],
+        again: bool,
+        damaged: set[int],
     ) -> None:
         """Have what is missing fetched; when it was looked for, there had been `looked` landings.  Raises SourceError.
 
-        `fetched`: what is found damaged came just now, and was not damaged here, on the disk; unless it came before anybody asked, which
-        is `forgiven` once for each span.
+        What is `damaged`, here or on its way here or by a mirror, is fetched once more for this read, from the registry; what is so
+        then as well is the registry's.  `again`: something was fetched for it before.
         """
         landed = {number: self._landed.get((content.layer, number), 0) for number in found.spans}
         wanted = [number for number in found.spans if number in found.holes or not landed[number]]
@@ -228,19 +224,21 @@ class RegistrySource:
                     self._fly_ahead(content.layer, ahead)
         if not flights and max(landed.values()) <= looked:
             # All of it was fetched and is there, and nobody has touched it since it was looked at.
-            spans = {(content.layer, number) for number in found.spans}
-            from_mirror = not self._from_mirrors.isdisjoint(spans)
-            unasked = not self._unasked.isdisjoint(spans - forgiven)
-            forgiven |= spans
-            error = await self._corrupt(row, content, found)
-            if not (fetched or from_mirror or unasked):
-                print(f"{self.name(row)}: what was kept of it is damaged; it is fetched again", file=sys.stderr, flush=True)
-            elif not self._fetcher.distrust_mirrors() and not from_mirror and not unasked:
-                raise error
+            if damaged.issuperset(found.spans):
+                raise SourceError(
+                    f"{self.name(row)}: the registry's copy of {self._layers[content.layer]} is damaged: "
+                    f"part {found.chunk + 1} of the file is not what its digest says"
+                )
+            damaged.update(found.spans)
+            print(f"{self.name(row)}: what was fetched of it is damaged; it is fetched again", file=sys.stderr, flush=True)
+            self._fetcher.distrust_mirrors()
+            part = chunk_of(row, content, found.chunk)
+            place = self._spool.place(content) + part.begin
+            await self._give_up(content.layer, found.spans, partial(self._spool.free, place, part.size))
         for flight in flights:
             try:
                 # The first time, no longer than until what is read has come; if that was not right, the whole flight.
-                await self._arrival(flight, None if fetched else found.end)
+                await self._arrival(flight, None if again else found.end)
             except SourceError:
                 if not flight.unasked:
                     raise  # else it is asked for now, in the next round
@@ -257,19 +255,6 @@ class RegistrySource:
             for span in pins:
                 if not self._pins[span]:
                     del self._pins[span]
-
-    async def _corrupt(self, row: Row, content: LayerContent, found: Missing) -> SourceError:
-        """What was fetched is not the object's; the next read will fetch it again."""
-        for number in found.spans:
-            self._landed.pop((content.layer, number), None)
-            self._from_mirrors.discard((content.layer, number))
-            self._unasked.discard((content.layer, number))
-        part = chunk_of(row, content, found.chunk)
-        await self._in_thread(self._loads, self._spool.free, self._spool.place(content) + part.begin, part.size)
-        return SourceError(
-            f"{self.name(row)}: the registry's copy of {self._layers[content.layer]} is damaged, or was on its way here: "
-            f"part {found.chunk + 1} of the file is not what its digest says"
-        )
 
     def name(self, row: Row) -> str:
         """An object, for a reason."""
@@ -323,7 +308,6 @@ class RegistrySource:
                 number for number in ahead if not self._landed.get((layer, number)) and (layer, number) not in self._flights
             ]
             if wanted:
-                self._unasked.update((layer, number) for number in wanted)
                 self._flying_ahead += 1
                 self._nursery.start_soon(
                     self._bring_ahead, self._fly(layer, wanted, range(wanted[0], wanted[-1] + 1), unasked=True)
@@ -355,7 +339,6 @@ class RegistrySource:
         """Fetch these spans, for whoever reads them later.  Raises SourceError."""
         needed = range(first, last + 1)
         wanted = [number for number in needed if not self._landed.get((layer, number))]
-        self._unasked.update((layer, number) for number in wanted)
         for flight in self._fly(layer, wanted, needed, unasked=True):
             await self._arrival(flight)
 
@@ -430,7 +413,7 @@ class RegistrySource:
                 distrusted = self._fetcher.mirrors_distrusted
                 for make_room in (partial(self._make_room, 0), self._use_memory, None):
                     try:
-                        flight.through = 0
+                        flight.through, flight.is_torn = 0, False
                         rows = await self._in_thread(
                             self._fetches,
                             self._fetcher.transfer,
@@ -446,11 +429,12 @@ class RegistrySource:
                             raise
                         await make_room()
                 self._landings += 1
+                is_right = (
+                    not flight.is_torn and distrusted == self._fetcher.mirrors_distrusted
+                )  # else a mirror may have sent it
                 for span in flight.spans:
                     self._landed.pop(span, None)
-                    self._landed[span] = self._landings
-                    if self._fetcher.has_mirrors and not distrusted:
-                        self._from_mirrors.add(span)
+                    self._landed[span] = self._landings if is_right else 0
         except SourceError as error:
             flight.error = error.reason
         except OSError as error:
@@ -472,14 +456,15 @@ class RegistrySource:
             while self._spool.used_bytes > bytes_max:
                 if self._has_inherited:
                     self._has_inherited = False
-                    self._landed.clear()
+                    self._forget_all()
                     self._spool.clear()
                     return
-                oldest = next((span for span in self._landed if span not in self._pins), None)
+                oldest = next((span for span in self._landed if span not in self._pins and span not in self._flights), None)
                 if oldest is None:
                     return  # those who wait for it are few
-                del self._landed[oldest]
-                await self._in_thread(self._loads, self._give_up, *oldest)
+                layer, number = oldest
+                await self._give_up(layer, range(number, number + 1), partial(self._free_span, layer, number))
+                self._landed.pop(oldest, None)
 
     async def _use_memory(self) -> None:
         """The disk is full, and nothing of it is ours to give up: a little is kept in memory, so that who reads has what it asks for."""
@@ -490,7 +475,7 @@ class RegistrySource:
                 flush=True,
             )
             self._spool.to_memory()
-            self._landed.clear()
+            self._forget_all()
             self._spool_bytes_max = min(self._disk_bytes_max, MEMORY_BYTES)
             longest_bytes = await trio.to_thread.run_sync(lambda: self._spans.longest_bytes)
             self._waiting.total_tokens = min(WAITING_MIN, max(1, MEMORY_BYTES // (2 * longest_bytes)))
@@ -498,11 +483,33 @@ class RegistrySource:
     def _use_disk_again(self) -> None:
         if self._spool.in_memory and self._spool.disk_has_room:
             self._spool.to_disk()
-            self._landed.clear()
+            self._forget_all()
             self._spool_bytes_max = self._disk_bytes_max
             self._waiting.total_tokens = max(WAITING_MIN, self._disk_bytes_max // WAITING_BYTES)
 
-    def _give_up(self, layer: int, number: int) -> None:
+    def _forget_all(self) -> None:
+        """Nothing of what was fetched is there any more."""
+        self._landed.clear()
+        for flight in self._flights.values():
+            flight.is_torn = True
+
+    async def _give_up(self, layer: int, numbers: range, free: Callable[[], None]) -> None:
+        """Give up what `free` does of these spans, none of which is on its way.
+
+        Nobody brings them meanwhile: a page that is half written when it is given up is no hole, and not right.
+        """
+        flight = _Flight(layer, numbers.start, numbers.stop - 1, unasked=True)
+        for span in flight.spans:
+            self._flights[span] = flight
+            self._landed[span] = 0
+        try:
+            with trio.CancelScope(shield=True):
+                await self._in_thread(self._loads, free)
+        finally:
+            self._forget(flight)
+            flight.land()
+
+    def _free_span(self, layer: int, number: int) -> None:
         begin, end = self._spans.bounds(layer, number)
         for _, row, content in self._spans.objects(layer, begin, end):
             first, stop = max(begin, content.offset), min(end, content.offset + stored_bytes(row, content))
@@ -519,7 +526,10 @@ class RegistrySource:
         return [index for index, row, content in self._spool.objects() if self._held.is_whole(row, content)]
 
     async def taken(self, rows: Sequence[int]) -> None:
-        """These objects are in OBJECTS, or were not what they should be: give up what is in the spool of them."""
+        """The parent has had these objects: give up what is in the spool of those that are in OBJECTS now.
+
+        The others were not what they should be, or it has another spool.  They stay for who reads them: a fetch may be writing there.
+        """
         await self._in_thread(self._loads, self._free, rows)
         freed, self._freed = self._freed, trio.Event()
         freed.set()
@@ -527,7 +537,8 @@ class RegistrySource:
     def _free(self, rows: Sequence[int]) -> None:
         for index in rows:
             row = self._table.row(index)
-            self._spool.free_object(row, decode_content(row))
+            if self._held.has(row):
+                self._spool.free_object(row, decode_content(row))
 
     # --- threads and their clients ---
 

@@ -179,10 +179,6 @@ class Registry:
             if at < end and not partial:
                 raise ContentCorrupt(f"{self.reference}: the registry's copy of {digest} ends before byte {end}")
 
-    @property
-    def has_mirrors(self) -> bool:
-        return bool(self._mirrors)
-
     def distrust_mirrors(self) -> bool:
         """Ask the registry only from now on, since something was not what its digest says → False if no mirror was asked."""
         had = bool(self._mirrors)

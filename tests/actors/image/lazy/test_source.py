@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -28,7 +29,8 @@ from actors.lazytree.objects import Objects
 from actors.lazytree.server import SourceError
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
 from tests.actors.image.lazy.image import Image, damaged, read, running
-from tests.actors.image.proxy import Proxy, silent, stall, status, throttle
+from tests.actors.image.proxy import Exchange, Proxy, silent, stall, status, throttle
+from tests.actors.lazytree.test_bounds import wait_for
 
 MIB = 1 << 20
 
@@ -416,6 +418,43 @@ def test_wrong_content_is_not_published_and_nor_is_what_is_not_there(image: Imag
     assert image.publish(index, other, 10**9) == [index, other, 10**9]
     assert not image.objects.has(row.key)
     assert not image.objects.has(image.table.row(other).key)
+
+
+def test_what_was_taken_and_not_published_stays_for_who_reads_it(
+    tmp_path: Path, registry: RunningRegistry, proxy: Proxy
+) -> None:
+    """Given up under a fetch that goes on, it would be torn where the page was half written, and the registry blamed for it."""
+    content, chunk = noise(MIB, 11), 256 << 10
+    repository = registry.repository("taken")
+    repository.push(tar(member("before", noise(62_464, 12)), member("after", content)))  # so that pieces end in pages
+    proxy.behave()
+    come = threading.Event()
+
+    def until_told(exchange: Exchange) -> None:
+        exchange.forward(pace=lambda sent: come.wait() if sent >= 320 << 10 else None)
+
+    with closing(Image(tmp_path, repository, proxy)) as image:
+        source = image.source()
+        index = by_size(image, content)
+        written = Spool(image.spool, image.spans)
+        place = written.place(decode_content(image.table.row(index)))
+        proxy.on("/blobs/", until_told)
+
+        async def body() -> None:
+            async with trio.open_nursery() as nursery:
+
+                async def reading() -> None:
+                    assert await read(image, source, index, chunk, chunk) == content[chunk : 2 * chunk]
+
+                nursery.start_soon(reading)
+                try:
+                    await trio.to_thread.run_sync(wait_for, lambda: written.has(place + chunk, 1))
+                    assert not written.has(place + chunk + 4096, 1)
+                    await source.taken([index])
+                finally:
+                    come.set()
+
+        running(source, body)
 
 
 def test_the_spool_is_held_to_its_bound_and_reads_go_on(image: Image) -> None:
