@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import socket
 import subprocess
 import threading
@@ -51,6 +52,7 @@ from supervisor.watch import Watcher
 KEEPER = "keeper"  # as the event log names it
 PAUSES_S = (0.0, 0.1, 0.5, 2.0)  # between tries to find or start a keeper
 KEEPER_S = 10.0  # how long a keeper that takes the place of one that yielded, or a stand-in, is given to listen
+END_S = 1.0  # how long one that closed its channel is given to end
 
 
 class KeeperLost(Exception):
@@ -233,6 +235,11 @@ class Descriptors:
     def _start_stand_in(self) -> int:
         """→ its pidfd."""
         logger.warning("the keeper is gone; a stand-in takes its place")
+        if self._keeper_pidfd >= 0:
+            # The kernel closes what a killed process had one after the other.  A stand-in that finds the lock held ends.
+            ending = select.poll()
+            ending.register(self._keeper_pidfd, select.POLLIN)
+            ending.poll(END_S * 1000)
         child = subprocess.Popen(self._stand_in_argv, stdin=subprocess.DEVNULL, start_new_session=True)
         pidfd = os.pidfd_open(child.pid)  # not reaped yet, for the thread that does it is started below
         child_ended: Callable[[], object] = child.wait

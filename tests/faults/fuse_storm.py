@@ -188,6 +188,8 @@ def fuse_storm(home: Path, registry: RunningRegistry, seconds: float, seed: int)
         current = FuseStorm(daemon, seed)
         try:
             current.run(seconds)
+            if faults := daemon.own_faults():
+                raise Broken(f"the daemon says {faults}")
         except BaseException:
             print(f"seed {seed}: {current.tally}\n{daemon.log.read_text()[-20000:]}")
             daemon.clear_away()

@@ -19,5 +19,6 @@ has any, one after the other, `failpoints`.
 3. each task has one result, with the true exit code, and is run once;
 4. its workspace is synced before the result is there;
 5. what the object cache takes is what its accounts say, and no more than it may; nothing holds what no task uses;
-6. when the task is over and the daemon stopped, nothing is left: no process, mount, namespace, control group or directory.
+6. the log tells of no fault of our own: no traceback, and nothing is called damaged that nobody has damaged;
+7. when the task is over and the daemon stopped, nothing is left: no process, mount, namespace, control group or directory.
 """

@@ -383,10 +383,10 @@ def storm(home: Path, registry: RunningRegistry, goal: Goal, seed: int) -> Tally
             tell(current.tally, seed, daemon)
             daemon.clear_away()
             raise
-        code, left = daemon.stop(), daemon.leavings_after_stop()
-        if code or left:
+        code, left, faults = daemon.stop(), daemon.leavings_after_stop(), daemon.own_faults()
+        if code or left or faults:
             tell(current.tally, seed, daemon)
-            raise Broken(f"the daemon ended with {code}, and left {left}")
+            raise Broken(f"the daemon ended with {code}, left {left}, and says {faults}")
     return current.tally
 
 

@@ -261,6 +261,10 @@ class Daemon:
                 found.append(f"process {name} {pid}")
         return found
 
+    def own_faults(self) -> list[str]:
+        """What the log tells of faults of the daemon's own, if nobody has damaged anything."""
+        return [line for line in self.log.read_text().splitlines() if line.startswith("Traceback") or "is damaged" in line]
+
     def leavings_after_stop(self) -> list[str]:
         """What is left of a daemon that has ended."""
         found = [f"mount {mount.target}" for mount in mounts_below(str(self.state.parent))]

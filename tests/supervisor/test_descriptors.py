@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,14 +145,14 @@ class Played:
         self._listener.settimeout(10)
         self.channel: Channel | None = None
 
-    def greet(self, holds: dict[str, int]) -> None:
-        """Take the next connection, hear its greeting, and hand over what is held."""
+    def greet(self, holds: dict[str, int], pid: int = 1) -> None:
+        """Take the next connection, hear its greeting, and hand over what is held, as the process `pid`."""
         if self.channel is not None:
             self.channel.close()
         connection, _ = self._listener.accept()
         self.channel = Channel(connection, TO_KEEPER)
         assert self.hear() == Hello(notes=True)
-        self.channel.send(Welcome(1, False, False))
+        self.channel.send(Welcome(pid, False, False))
         if holds:
             self.channel.send(Kept(list(holds)), list(holds.values()))
         self.channel.send(KeptAll())
@@ -233,3 +234,21 @@ def test_a_keeper_that_dies_while_it_hands_over_is_no_keeper(played: Played, dae
     assert daemon.ask().texts == {"a": ""}
     assert f"the keeper on {tmp_path}/keeper.sock does not hand over: ChannelClosed; trying again" in daemon.log()
     os.close(file)
+
+
+def test_a_keeper_is_stood_in_for_when_it_has_ended_and_not_when_its_socket_has(
+    played: Played, daemon: Daemon, tmp_path: Path
+) -> None:
+    """The kernel closes what a killed process had one after the other: its lock may be held for a while after that."""
+    held = "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.flock(lock, 2); print(flush=True); sys.stdin.read()"
+    holder = [sys.executable, "-c", held, str(tmp_path / "keeper.lock")]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as keeper:
+        assert keeper.stdin is not None and keeper.stdout is not None
+        assert keeper.stdout.readline()
+        played.greet({}, keeper.pid)
+        assert daemon.ask(Put({"a": "one"})).error == ""
+        played.close()
+        time.sleep(0.5)  # a stand-in is there after half of that
+        keeper.stdin.close()
+    assert daemon.kept("a").stand_in
+    assert daemon.log().count("a stand-in takes its place") == 1
