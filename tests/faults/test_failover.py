@@ -142,8 +142,8 @@ def test_one_that_hangs_is_replaced_and_says_so(task: Task) -> None:
 def test_it_is_found_when_keeper_and_root_supervisor_are_killed_with_the_fork_server(task: Task) -> None:
     """Its server is the only one left that has the connection."""
     served = task.pid("workspace mount")
-    for kind in ("keeper", victims.ROOT, "fork server"):
-        os.kill(task.pid(kind), signal.SIGKILL)
+    for pid in [task.pid(kind) for kind in ("keeper", victims.ROOT, "fork server")]:  # before anybody stands in for another one
+        os.kill(pid, signal.SIGKILL)
     task.read()
     task.daemon.start()
     assert task.daemon.wait_pid(f"workspace mount {task.name}", other_than=served)

@@ -272,7 +272,7 @@ def waiting(daemon: Daemon) -> str:
 
 @pytest.mark.parametrize("names", [["root supervisor"], ["keeper"], ["fork server"], ["keeper", "root supervisor"]])
 def test_a_kill_while_a_mount_has_no_server_yet(daemon: Daemon, waiting: str, names: list[str]) -> None:
-    for pid in map(daemon.pid_of, names):
+    for pid in [daemon.pid_of(name) for name in names]:
         os.kill(pid, signal.SIGKILL)
     if names != ["keeper", "root supervisor"]:
         # Now a server is needed.  (With both dead nobody held the connection; then OBJECTS must do.)
@@ -323,7 +323,7 @@ def test_a_container_that_ended_while_nobody_lived_and_whose_code_is_not_written
         monitor = daemon.run_dir / "tasks" / task / "monitor"
         first, conmon = (int((monitor / name).read_text()) for name in ("pid", "conmon.pid"))
         held.touch()
-        for pid in map(daemon.pid_of, ["keeper", "root supervisor"]):
+        for pid in [daemon.pid_of(name) for name in ("keeper", "root supervisor")]:
             os.kill(pid, signal.SIGKILL)
         daemon.reap()
         if moment == "a zombie":
