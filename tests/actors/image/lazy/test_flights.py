@@ -62,12 +62,14 @@ def test_nothing_is_brought_where_something_is_given_up(image: Image) -> None:
                 await flights.arrival(flight)
                 image.proxy.forget()
                 nursery.start_soon(flights.give_up, 0, ONE, freed.wait)
-                await trio.testing.wait_all_tasks_blocked()
-                assert flights.landing(0, 0) == 0
-                [giving_up] = flights.fly(0, ONE, ONE)
-                await trio.sleep(0.2)
-                assert image.ranges() == [] and not giving_up.landed.is_set()
-                freed.set()
+                try:
+                    await trio.testing.wait_all_tasks_blocked()
+                    assert flights.landing(0, 0) == 0
+                    [giving_up] = flights.fly(0, ONE, ONE)
+                    await trio.sleep(0.2)
+                    assert image.ranges() == [] and not giving_up.landed.is_set()
+                finally:
+                    freed.set()
                 await flights.arrival(giving_up)
                 [flight] = flights.fly(0, ONE, ONE)
                 await flights.arrival(flight)
