@@ -1,4 +1,4 @@
-"""Prefetchers, the processes, as the actor sees them: one after another, none of them replaced when it dies."""
+"""Prefetchers, the processes, as the actor sees them: one after another."""
 
 from __future__ import annotations
 

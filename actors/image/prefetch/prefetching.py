@@ -1,8 +1,8 @@
 """What is fetched ahead for one mounted image: its prefetchers, one that streams a pack and one that makes one.
 
 A task's root is given out when it is known what its workload's pack brings, or that there is none: then its first reads wait for the
-pack and not for the registry.  Nobody waits for that longer than ANSWER_S.  A prefetcher that dies is not replaced: what it has not
-brought is fetched as it is read, and what it has not made is made after a later mount.
+pack and not for the registry.  Nobody waits for that longer than ANSWER_S.  Who streams and dies is not replaced: what it has not
+brought is fetched as it is read.  Who makes a pack and is killed is followed by another, after a pause.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from supervisor.worker import Ended
 
 SAYS = Codec(wire.PackMade, wire.Streaming, wire.PackComing, wire.PackAbsent, wire.PackThrough, wire.Completed)
 ANSWER_S = 1.0
+MAKE_AGAIN_S = (1.0, 10.0, 60.0)  # before a pack is made again whose maker was killed
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class Prepared:
 @dataclass(frozen=True, eq=False)
 class _NoAnswer:
     """It should be known by now."""
+
+    prefetching: Prefetching
+    workload: str
+
+
+@dataclass(frozen=True, eq=False)
+class _MakeAgain:
+    """The pause after a maker that was killed is over."""
 
     prefetching: Prefetching
     workload: str
@@ -60,6 +69,7 @@ class Prefetching:
         self._streams = Line(actor, services, f"stream of {reference} {archive}", self._stream, heartbeat=True)
         # Who makes one may have no processor for a long time, and nobody waits for it.
         self._makers = Line(actor, services, f"packing of {reference} {archive}", self._make)
+        self._unmade: dict[str, int] = {}  # workload → how many of its makers have been killed
         self._asked: set[str] = set()
         self._answered: set[str] = set()
         self._announced_at = 0
@@ -76,21 +86,27 @@ class Prefetching:
 
     def make(self, workload: str) -> None:
         """Make the pack of a workload whose trace is beside the archive."""
+        self._unmade.setdefault(workload, 0)
         self._makers.add(workload)
 
     def take(self, message: Any) -> Prepared | wire.Completed | None:
         """What a message that arrived at the actor means for it."""
         if isinstance(message, _NoAnswer):
             return self._answer(message.workload, False) if message.prefetching is self else None
+        if isinstance(message, _MakeAgain):
+            if message.prefetching is self and message.workload in self._unmade:
+                self._makers.add(message.workload)
+            return None
         match self._makers.take(message):
             case wire.PackMade(chunks, size_bytes, problem):
+                self._unmade.pop(self._makers.workload, None)
                 if problem:
                     logger.warning("{}: no pack was made of a trace: {}", self._reference, problem)
                 else:
                     logger.info("{}: a pack of {} chunks, {} bytes, was made", self._reference, chunks, size_bytes)
                     self._packs.add(self._makers.workload)
             case Ended():
-                self._makers.ended()
+                self._maker_ended()
         match self._streams.take(message):
             case wire.PackComing(_, announced_at):
                 self._announced_at = announced_at
@@ -104,7 +120,7 @@ class Prefetching:
                 return self._absent()
             case wire.PackThrough():
                 if self._bucket is not None and self._streams.workload in self._packs:
-                    self._makers.add(self._streams.workload)  # who made it did not live to share it, perhaps
+                    self.make(self._streams.workload)  # who made it did not live to share it, perhaps
             case wire.Completed() as completed:
                 return completed
             case Ended():
@@ -112,6 +128,7 @@ class Prefetching:
         return None
 
     def let_go(self) -> None:
+        self._unmade.clear()
         self._streams.let_go()
         self._makers.let_go()
 
@@ -120,6 +137,18 @@ class Prefetching:
             return None
         self._answered.add(workload)
         return Prepared(workload, found)
+
+    def _maker_ended(self) -> None:
+        workload = self._makers.workload
+        self._makers.ended()
+        if (killed := self._unmade.get(workload)) is None:
+            return  # it has said how it went
+        if killed < len(MAKE_AGAIN_S):
+            self._unmade[workload] += 1
+            self._actor.after(MAKE_AGAIN_S[killed], _MakeAgain(self, workload))
+        else:
+            del self._unmade[workload]
+            logger.warning("{}: no pack was made of a trace: who makes it is killed again and again", self._reference)
 
     def _absent(self) -> Prepared | None:
         workload = self._streams.workload
