@@ -37,7 +37,7 @@ ANSWER_BYTES_MAX: Final = 1 << 16
 CLEARING_TIMEOUT_S: Final = 10.0  # for what is left of a create that failed
 STATE_TIMEOUT_S: Final = 10.0
 STOP_LOOK_S: Final = 0.1  # between two looks whether somebody has stopped a conmon that is waited for
-KILLED_MAX: Final = 5  # times that the runtime may be killed at one start
+KILLED_MAX: Final = 5  # times that the runtime may be killed at one piece of work
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def delete(container: Container, timeout_s: float, force: bool = False) -> None:
     """
     if not container.runtime_state.exists() or (container.runtime.name == "crun" and _forget(container)):
         return
-    done = _run(container, ["delete", *(["--force"] if force else []), container.id], timeout_s)
+    done = _run_again(container, ["delete", *(["--force"] if force else []), container.id], timeout_s)
     if done.returncode:
         why = done.stderr.strip() or ("it was killed" if done.returncode < 0 else f"exit code {done.returncode}")
         raise ContainerError(f"{container.runtime.name} could not delete the container {container.id}: {why}")
@@ -243,7 +243,7 @@ def gate_is_gone(container: Container) -> bool:
 
 def state(container: Container, timeout_s: float) -> State | None:
     """What the runtime knows of the container; None when nothing.  Raises ContainerError when it does not answer."""
-    done = _run(container, ["state", container.id], timeout_s)
+    done = _run_again(container, ["state", container.id], timeout_s)
     if done.returncode < 0:
         raise ContainerError(
             f"{container.runtime.name} does not tell the state of {container.id}: {done.stderr or 'it was killed'}"
@@ -420,6 +420,17 @@ def _run(container: Container, arguments: Sequence[str], timeout_s: float) -> su
         return subprocess.CompletedProcess(arguments, -signal.SIGKILL, "", f"it had not ended within {timeout_s:g} s")
     except OSError as error:
         raise ContainerError(f"{runtime.name} {arguments[0]} of the container {container.id} failed: {error}") from None
+
+
+def _run_again(container: Container, arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """The same for what may be done twice: when somebody has killed it, it is done again."""
+    deadline = time.monotonic() + timeout_s
+    done = _run(container, arguments, timeout_s)
+    for _ in range(KILLED_MAX):
+        if done.returncode >= 0 or not (left_s := _left_s(deadline)):
+            break
+        done = _run(container, arguments, left_s)
+    return done
 
 
 def _pipes(pid: int, access: int, among: Sequence[str] | None = None) -> list[tuple[int, str]]:

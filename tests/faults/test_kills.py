@@ -197,6 +197,7 @@ def test_a_runtime_killed_at_its_work_costs_the_task_nothing(
         assert (daemon.state / "workspaces/work/ran").read_text() == "once\n"
         daemon.wait_released()
         assert daemon.leavings() == []
+        assert " ERROR " not in (log := daemon.log.read_text()), log
     # What was killed at its work may have done it all the same.
     assert len(calls.read_text().splitlines()) >= (killed + 1 if moment == "before it acts" else 1)
 
