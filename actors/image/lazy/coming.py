@@ -95,11 +95,11 @@ class Coming:
         self.urge(False)  # whatever a predecessor has left
 
     async def arrival(self, row: int, number: int) -> bool:
-        """Wait for a chunk if it is announced → whether it was, and is through now."""
-        place = self._place(Chunk(row, number))
+        """Wait for a chunk if it is announced → whether it is, and is through by now: perhaps since somebody looked for it."""
+        through = self._through()
+        place = self._places.get(Chunk(row, number))
         if place is None:
             return False
-        through = self._through()
         while through <= place:
             if self._stalled_at == (self._number, through):
                 return False
@@ -118,12 +118,6 @@ class Coming:
 
     def close(self) -> None:
         self._inotify.close()
-
-    def _place(self, chunk: Chunk) -> int | None:
-        """Where in the announcement the chunk comes, if it is still to come."""
-        through = self._through()
-        place = self._places.get(chunk)
-        return place if place is not None and place >= through else None
 
     def _through(self) -> int:
         number, count, through = _HEAD.unpack(_read(self._descriptor, self._end, _HEAD.size))

@@ -109,7 +109,9 @@ class RegistrySource:
             self._fetch_ahead(index, row, content, offset if content.extents is None else 0)
             return found
         async with self._flights.readers:
-            while self._coming is not None and await self._coming.arrival(index, found.chunk):
+            came: set[int] = set()  # and is looked for once after that: it may be lost again
+            while self._coming is not None and found.chunk not in came and await self._coming.arrival(index, found.chunk):
+                came.add(found.chunk)
                 looked = self._flights.landings
                 found = await self._in_thread(self._loads, self._held.load, row, content, offset, size)
                 if isinstance(found, bytes):
