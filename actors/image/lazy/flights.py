@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +24,7 @@ from actors.image.lazy.spool import MEMORY_BYTES, Spool
 from actors.lazytree.server import SourceError
 
 FETCHES_MAX = 12  # ranges on their way at once; each holds 1 MiB
+AHEAD_SPANS, AHEAD_MAX, AHEAD_QUEUE = 2, 4, 32  # brought ahead in one range; on their way at once; ranges that wait
 RUN_BYTES_MAX = 4 << 20  # decompressed bytes, about, that one range is for
 WAITING_BYTES, WAITING_MIN = 8 << 20, 8  # of the spool, for each read that waits for a fetch: the spans of a mebibyte, amply
 
@@ -71,6 +72,7 @@ class Flights:
         spool_bytes_max: int,
         completed: Callable[[list[int]], None],
     ) -> None:
+        self.running = trio.Event()
         self.landings = 0
         self.readers = trio.CapacityLimiter(max(WAITING_MIN, spool_bytes_max // WAITING_BYTES))  # as many may wait for flights
         self.has_inherited = False  # something of an earlier server's, of which it is not known when it came, is in the spool
@@ -85,16 +87,18 @@ class Flights:
         # The spans that were fetched, the longest ago first: which landing it was; 0 if what came need not be what is there.
         self._landed: dict[tuple[int, int], int] = {}
         self._pins: Counter[tuple[int, int]] = Counter()  # the spans that somebody waits for or is about to read
+        self._ahead: deque[tuple[int, range]] = deque(maxlen=AHEAD_QUEUE)
+        self._flying_ahead = 0
         self._nursery: trio.Nursery | None = None
         self._making_room = trio.Lock()
         self._fetching_s = 0.0
         self._in_the_air, self._began_s = 0, 0.0
 
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self) -> None:
         """Fetch what is wanted, for as long as this is not cancelled."""
         self._trio = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as self._nursery:
-            task_status.started()
+            self.running.set()
             await trio.sleep_forever()
 
     @property
@@ -146,6 +150,33 @@ class Flights:
         for flight in begun:
             self._nursery.start_soon(self._bring, flight)
         return flights
+
+    def fly_ahead(self, layer: int, ahead: range) -> None:
+        """Bring spans for which nobody waits yet, a few at a time: who comes to wait for one of them waits for those with it, too."""
+        for first in reversed(range(ahead.start, ahead.stop, AHEAD_SPANS)):
+            self._ahead.append((layer, range(first, min(first + AHEAD_SPANS, ahead.stop))))
+        self._go_ahead()
+
+    def _go_ahead(self) -> None:
+        """The newest first; with what is wanted more urgently they share the link."""
+        assert self._nursery is not None
+        while self._ahead and self._flying_ahead < AHEAD_MAX:
+            layer, ahead = self._ahead.pop()
+            if not (self._spool.has_ample_room and self.is_half_empty):
+                continue
+            wanted = self.unknown(layer, range(ahead.start, min(ahead.stop, self._spans.count(layer))))
+            if wanted:
+                self._flying_ahead += 1
+                flights = self.fly(layer, wanted, range(wanted[0], wanted[-1] + 1), unasked=True)
+                self._nursery.start_soon(self._bring_ahead, flights)
+
+    async def _bring_ahead(self, flights: Sequence[Flight]) -> None:
+        try:
+            for flight in flights:
+                await flight.landed.wait()
+        finally:
+            self._flying_ahead -= 1
+            self._go_ahead()
 
     async def arrival(self, flight: Flight, end: int | None = None) -> None:
         """Wait for a flight, or until it has brought all before the layer's byte `end`.  Raises SourceError.
@@ -248,12 +279,8 @@ class Flights:
     # --- the spool's room ---
 
     @property
-    def has_room_ahead(self) -> bool:
-        """Whether there is room also for what nobody has asked for yet."""
-        return self._spool.has_ample_room and self.is_half_empty
-
-    @property
     def is_half_empty(self) -> bool:
+        """Whether there is room also for what nobody has asked for yet."""
         return self._spool.used_bytes <= self._spool_bytes_max // 2
 
     async def give_up(self, layer: int, numbers: range, free: Callable[[], None]) -> None:

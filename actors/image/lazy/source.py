@@ -15,7 +15,6 @@ as fit into the spool.
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,7 +26,7 @@ from actors.image.layers.checkpoints import Spans
 from actors.image.layers.content import LayerContent, chunk_of, decode_content, stored_bytes
 from actors.image.lazy.coming import Coming
 from actors.image.lazy.fetching import Fetcher
-from actors.image.lazy.flights import RUN_BYTES_MAX, Flight, Flights
+from actors.image.lazy.flights import RUN_BYTES_MAX, Flights
 from actors.image.lazy.held import Held, Missing
 from actors.image.lazy.readahead import Neighbours, Readahead
 from actors.image.lazy.spool import Spool
@@ -39,14 +38,13 @@ T = TypeVar("T")
 
 LOADS_MAX = 6  # reads that are answered at once; each holds up to 3 MiB
 SMALL_BYTES = 256 << 10  # an object whose neighbours in its layer are wanted with it
-AHEAD_SPANS, AHEAD_MAX, AHEAD_QUEUE = 2, 4, 32  # fetched ahead in one range; on their way at once; ranges that wait
 ROUNDS_MAX = 16  # of fetching what somebody then took away
 
 
 class RegistrySource:
     """Content of the objects in `table`, which lie in `spans` of the layers with these digests of the image `reference`.
 
-    `objects`: OBJECTS' descriptor.  `connect` makes a client for the image's repository; up to FETCHES_MAX of them are used at once.
+    `objects`: OBJECTS' descriptor.  `connect` makes a client for the image's repository; some of them are used at once (`flights`).
     `timeout_s` is for one range.  `completed` is told, in trio's thread, of objects that are whole in the spool.  `coming`: what
     somebody else is about to bring.  `run` it.
     """
@@ -76,11 +74,7 @@ class RegistrySource:
         self._completed = completed
         self._coming = coming
         self._loads = trio.CapacityLimiter(LOADS_MAX)
-        self._nursery: trio.Nursery | None = None
-        self._running = trio.Event()
         self._readahead, self._neighbours = Readahead(), Neighbours()
-        self._ahead: deque[tuple[int, range]] = deque(maxlen=AHEAD_QUEUE)
-        self._flying_ahead = 0
         self._urgent, self._quiet = 0, trio.Event()  # reads that wait for a fetch, and when there are none any more
         self._quiet.set()
         self._freed = trio.Event()  # something in the spool has been given up for OBJECTS
@@ -92,17 +86,14 @@ class RegistrySource:
 
     async def run(self) -> None:
         """Fetch what is wanted, for as long as this is not cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            await self._nursery.start(self._flights.run)
-            self._running.set()
-            await trio.sleep_forever()
+        await self._flights.run()
 
     # --- reading ---
 
     async def read(self, index: int, row: Row, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of the object, checked.  Raises SourceError."""
         content = decode_content(row)
-        await self._running.wait()
+        await self._flights.running.wait()
         looked = self._flights.landings
         found = await self._in_thread(self._loads, self._held.load, row, content, offset, size)
         if isinstance(found, bytes):
@@ -164,10 +155,10 @@ class RegistrySource:
         wanted = [number for number in wanted if landed[number] <= looked]
         flights = self._flights.fly(content.layer, wanted, found.spans)
         if flights:
-            self._fly_ahead(content.layer, self._readahead.missed(index, found.spans, self._spans_of(row, content)))
+            self._flights.fly_ahead(content.layer, self._readahead.missed(index, found.spans, self._spans_of(row, content)))
             if row.size_bytes <= SMALL_BYTES:
                 for ahead in reversed(self._neighbours.missed(content.layer, index, found.spans.start)):
-                    self._fly_ahead(content.layer, ahead)
+                    self._flights.fly_ahead(content.layer, ahead)
         if not flights and max(landed.values()) <= looked:
             # All of it was fetched and is there, and nobody has touched it since it was looked at.
             if damaged.issuperset(found.spans):
@@ -193,40 +184,11 @@ class RegistrySource:
         """An object, for a reason."""
         return self._held.name(row)
 
-    # --- fetching ---
-
     def _fetch_ahead(self, index: int, row: Row, content: LayerContent, offset: int) -> None:
         """A read was answered, at that offset of what is stored of the object."""
         if index in self._readahead:
             span = self._spans.at(content.layer, content.offset + offset)
-            self._fly_ahead(content.layer, self._readahead.found(index, span, self._spans_of(row, content)))
-
-    def _fly_ahead(self, layer: int, ahead: range) -> None:
-        """Bring spans for which nobody waits yet, a few at a time: who comes to wait for one of them waits for those with it, too."""
-        for first in reversed(range(ahead.start, ahead.stop, AHEAD_SPANS)):
-            self._ahead.append((layer, range(first, min(first + AHEAD_SPANS, ahead.stop))))
-        self._go_ahead()
-
-    def _go_ahead(self) -> None:
-        """The newest first; with what is wanted more urgently they share the link."""
-        assert self._nursery is not None
-        while self._ahead and self._flying_ahead < AHEAD_MAX:
-            layer, ahead = self._ahead.pop()
-            if not self._flights.has_room_ahead:
-                continue
-            wanted = self._flights.unknown(layer, range(ahead.start, min(ahead.stop, self._spans.count(layer))))
-            if wanted:
-                self._flying_ahead += 1
-                flights = self._flights.fly(layer, wanted, range(wanted[0], wanted[-1] + 1), unasked=True)
-                self._nursery.start_soon(self._bring_ahead, flights)
-
-    async def _bring_ahead(self, flights: Sequence[Flight]) -> None:
-        try:
-            for flight in flights:
-                await flight.landed.wait()
-        finally:
-            self._flying_ahead -= 1
-            self._go_ahead()
+            self._flights.fly_ahead(content.layer, self._readahead.found(index, span, self._spans_of(row, content)))
 
     def _spans_of(self, row: Row, content: LayerContent) -> range:
         end = content.offset + stored_bytes(row, content)

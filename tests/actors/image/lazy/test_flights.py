@@ -57,7 +57,8 @@ def test_nothing_is_brought_where_something_is_given_up(image: Image) -> None:
     async def run() -> None:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                await nursery.start(flights.run)
+                nursery.start_soon(flights.run)
+                await flights.running.wait()
                 [flight] = flights.fly(0, ONE, ONE)
                 await flights.arrival(flight)
                 image.proxy.forget()
@@ -89,7 +90,8 @@ def test_a_fetch_under_which_the_spool_is_emptied_does_not_count(image: Image) -
     async def run() -> None:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                await nursery.start(flights.run)
+                nursery.start_soon(flights.run)
+                await flights.running.wait()
                 image.proxy.on("/blobs/", until_told, times=1)
                 [slow] = flights.fly(0, ONE, ONE)
                 begin = image.spans.bounds(0, 0)[0]

@@ -21,9 +21,9 @@ from hypothesis import strategies as some
 
 import actors.image.lazy.spool as spool_module
 from actors.image.layers.content import decode_content, stored_bytes
+from actors.image.lazy.flights import AHEAD_SPANS
 from actors.image.lazy.held import parts
 from actors.image.lazy.readahead import GROUP_SPANS
-from actors.image.lazy.source import AHEAD_SPANS
 from actors.image.lazy.spool import Spool, create
 from actors.lazytree.objects import Objects
 from actors.lazytree.server import SourceError
