@@ -180,7 +180,7 @@ class Descriptors:
             raise KeeperLost(f"the keeper on {self._path} does not hand over: {str(error) or type(error).__name__}") from None
         pidfd = open_pidfd(self.welcome.pid)
         with self._lock:
-            self._keeper = channel
+            self._keeper, self._yielded = channel, False
             if self._keeper_pidfd >= 0:
                 os.close(self._keeper_pidfd)
             self._keeper_pidfd, self._pulse = pidfd, Pulse(self.welcome.pid, time.monotonic())
@@ -197,8 +197,8 @@ class Descriptors:
     def _find(self) -> Channel:
         """A keeper that listens.  One that was killed is stood in for at once: until then this process is the only holder."""
         connection = connect_to(self._path, socket.SOCK_SEQPACKET, KEEPER_S if self._yielded else 0.0)
-        self._yielded = False
         if connection is None:
+            self._yielded = False  # to nobody who lives, as it seems
             stand_in = self._start_stand_in()
             try:
                 connection = connect_to(self._path, socket.SOCK_SEQPACKET, KEEPER_S, stand_in)
@@ -235,11 +235,6 @@ class Descriptors:
     def _start_stand_in(self) -> int:
         """→ its pidfd."""
         logger.warning("the keeper is gone; a stand-in takes its place")
-        if self._keeper_pidfd >= 0:
-            # The kernel closes what a killed process had one after the other.  A stand-in that finds the lock held ends.
-            ending = select.poll()
-            ending.register(self._keeper_pidfd, select.POLLIN)
-            ending.poll(END_S * 1000)
         child = subprocess.Popen(self._stand_in_argv, stdin=subprocess.DEVNULL, start_new_session=True)
         pidfd = os.pidfd_open(child.pid)  # not reaped yet, for the thread that does it is started below
         child_ended: Callable[[], object] = child.wait
@@ -293,6 +288,11 @@ class Descriptors:
                 signal_process(self._keeper_pidfd, number)
 
     def _find_again(self) -> None:
+        # The kernel closes what an ending process had one after the other: who finds its listener still there would take it for another
+        # one's, and a stand-in that finds its lock held ends.
+        ending = select.poll()
+        ending.register(self._keeper_pidfd, select.POLLIN)
+        ending.poll(END_S * 1000)
         for pause_s in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
             try:
                 self._connect()

@@ -252,3 +252,24 @@ def test_a_keeper_is_stood_in_for_when_it_has_ended_and_not_when_its_socket_has(
         keeper.stdin.close()
     assert daemon.kept("a").stand_in
     assert daemon.log().count("a stand-in takes its place") == 1
+
+
+def test_a_keeper_that_yields_is_not_stood_in_for_when_it_is_found_once_more_before_it_has_ended(
+    played: Played, daemon: Daemon, tmp_path: Path
+) -> None:
+    played.greet({})
+    assert played.channel is not None
+    played.channel.send(Yielded())
+    played.channel.close()
+    connection, _ = played._listener.accept()  # its listener was still there
+    (tmp_path / "keeper.sock").unlink()
+    played.close()
+    connection.close()
+    time.sleep(0.5)  # a stand-in would be there after half of that
+    next_keeper = Played(tmp_path)
+    next_keeper.greet({})
+    assert daemon.ask(Put({"a": "one"})).texts == {"a": "one"}
+    assert next_keeper.hear() == Keep(["a"])
+    assert "stand-in" not in daemon.log()
+    daemon.end()
+    next_keeper.close()
