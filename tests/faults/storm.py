@@ -379,14 +379,13 @@ def storm(home: Path, registry: RunningRegistry, goal: Goal, seed: int) -> Tally
         current = Storm(daemon, archivist, images, orders, seed)
         try:
             current.run(goal)
+            code, left, faults = daemon.stop(), daemon.leavings_after_stop(), daemon.own_faults()
+            if code or left or faults:
+                raise Broken(f"the daemon ended with {code}, left {left}, and says {faults}")
         except BaseException:
             tell(current.tally, seed, daemon)
             daemon.clear_away()
             raise
-        code, left, faults = daemon.stop(), daemon.leavings_after_stop(), daemon.own_faults()
-        if code or left or faults:
-            tell(current.tally, seed, daemon)
-            raise Broken(f"the daemon ended with {code}, left {left}, and says {faults}")
     return current.tally
 
 
