@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import select
 import socket
 import subprocess
 import threading
@@ -43,7 +42,7 @@ from supervisor.keeping import (
 )
 from supervisor.lockfile import sign_of
 from supervisor.orders import Orders, Standing
-from supervisor.pidfd import is_stopped, open_pidfd, signal_process
+from supervisor.pidfd import is_stopped, open_pidfd, signal_process, wait_ended
 from supervisor.pulse import Pulse
 from supervisor.rules import What
 from supervisor.sockets import connect_to
@@ -290,9 +289,7 @@ class Descriptors:
     def _find_again(self) -> None:
         # The kernel closes what an ending process had one after the other: who finds its listener still there would take it for another
         # one's, and a stand-in that finds its lock held ends.
-        ending = select.poll()
-        ending.register(self._keeper_pidfd, select.POLLIN)
-        ending.poll(END_S * 1000)
+        wait_ended(self._keeper_pidfd, END_S)
         for pause_s in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
             try:
                 self._connect()

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import signal
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from supervisor.pidfd import open_pidfd, signal_process
+from supervisor.pidfd import open_pidfd, signal_process, wait_ended
 
 LOOK_S = 0.001  # as long as somebody looks who holds a lock, it cannot be taken
 
@@ -129,9 +128,7 @@ def evict(path: Path, timeout_s: float = 5.0) -> None:
             # Still the holder after its pidfd was opened: so that is what the pidfd is of, and not who got its pid next.
             if lock.holder() == pid:
                 signal_process(pidfd, signal.SIGKILL)
-                waiting = select.poll()
-                waiting.register(pidfd, select.POLLIN)
-                if not waiting.poll(timeout_s * 1000):
+                if not wait_ended(pidfd, timeout_s):
                     raise TimeoutError(f"process {pid}, which holds {path}, cannot be killed")
         finally:
             os.close(pidfd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import time
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from supervisor.lockfile import holder_of, sign_of
-from supervisor.pidfd import is_stopped, open_pidfd, signal_process, wait_status
+from supervisor.pidfd import is_stopped, open_pidfd, signal_process, wait_ended, wait_status
 from supervisor.pulse import Pulse
 from supervisor.restarts import Backoff
 
@@ -93,9 +92,7 @@ class Part:
     def stop(self, timeout_s: float) -> int | None:
         """End it: by SIGTERM, and by SIGKILL when that takes too long → its exit code, as `ended` has it."""
         self.signal(signal.SIGTERM)
-        waiting = select.poll()
-        waiting.register(self.pidfd, select.POLLIN)
-        waiting.poll(timeout_s * 1000)
+        wait_ended(self.pidfd, timeout_s)
         self.signal(signal.SIGKILL)
         return self.ended()
 

@@ -38,9 +38,14 @@ def open_pidfd(pid: int) -> int:
 
 def has_ended(pidfd: int) -> bool:
     """Whether the process has ended, all its threads with it; reaped or not."""
+    return wait_ended(pidfd, 0.0)
+
+
+def wait_ended(pidfd: int, timeout_s: float) -> bool:
+    """Wait until the process has ended → False when that takes longer.  Blocks."""
     waiting = select.poll()
     waiting.register(pidfd, select.POLLIN)
-    return bool(waiting.poll(0))
+    return bool(waiting.poll(timeout_s * 1000))
 
 
 def wait_status(pidfd: int) -> int | None:

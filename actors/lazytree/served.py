@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import select
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from supervisor.frames import Codec, Message
 from supervisor.isolation import IsolationError, Process
 from supervisor.keeping import StandingOrder
 from supervisor.orders import Standing
-from supervisor.pidfd import pid_of, signal_process
+from supervisor.pidfd import pid_of, signal_process, wait_ended
 from supervisor.processes import ProcessRow
 from supervisor.worker import Ended, Said, Started, Worker
 
@@ -328,9 +327,7 @@ class LazyServer:
         pidfd = self._services.descriptors.get(f"server/{self._held}")
         if pidfd is not None:
             signal_process(pidfd, signal.SIGKILL)
-            waiting = select.poll()
-            waiting.register(pidfd, select.POLLIN)
-            if not waiting.poll(DEATH_S * 1000):
+            if not wait_ended(pidfd, DEATH_S):
                 raise IsolationError(f"{self.name}: the server of an older version cannot be killed")
             self._services.descriptors.drop(f"server/{self._held}", f"channel/{self._held}")
 

@@ -31,7 +31,7 @@ from typing import Final
 from actors.sandbox import bundle, gate
 from actors.sandbox.cgroup import expect_moves
 from actors.sandbox.runtimes import ContainerError, CreateError, Runtime, create_error
-from supervisor.pidfd import copy_descriptor, has_ended, is_same, is_stopped, open_pidfd, signal_process
+from supervisor.pidfd import copy_descriptor, has_ended, is_same, is_stopped, open_pidfd, signal_process, wait_ended
 
 ANSWER_BYTES_MAX: Final = 1 << 16
 CLEARING_TIMEOUT_S: Final = 10.0  # for what is left of a create that failed
@@ -175,9 +175,7 @@ def wait_written(container: Container, timeout_s: float) -> None:
         return
     try:
         deadline = time.monotonic() + timeout_s
-        waiting = select.poll()
-        waiting.register(pidfd, select.POLLIN)
-        while time.monotonic() < deadline and not waiting.poll(STOP_LOOK_S * 1000):
+        while time.monotonic() < deadline and not wait_ended(pidfd, STOP_LOOK_S):
             if is_stopped(pidfd):
                 signal_process(pidfd, signal.SIGCONT)
     finally:
@@ -227,9 +225,7 @@ def end(container: Container, timeout_s: float) -> None:
             for pidfd in pidfds:
                 signal_process(pidfd, signal.SIGKILL)
             for pidfd in pidfds:
-                waiting = select.poll()
-                waiting.register(pidfd, select.POLLIN)
-                if not waiting.poll(_left_s(deadline) * 1000):
+                if not wait_ended(pidfd, _left_s(deadline)):
                     raise TimeoutError(f"conmon of the container {container.id} does not end, killed as it is")
         finally:
             for pidfd in pidfds:
@@ -377,9 +373,7 @@ def _clear(container: Container, error: CreateError) -> None:
     pidfd = _conmon_of(container)
     if pidfd is not None:
         signal_process(pidfd, signal.SIGKILL)  # its runtime dies with it (PR_SET_PDEATHSIG)
-        waiting = select.poll()
-        waiting.register(pidfd, select.POLLIN)
-        if not waiting.poll(CLEARING_TIMEOUT_S * 1000):
+        if not wait_ended(pidfd, CLEARING_TIMEOUT_S):
             error.add_note("conmon does not end, killed as it is")
         os.close(pidfd)
     try:

@@ -95,7 +95,7 @@ class RegistrySource:
         content = decode_content(row)
         await self._flights.running.wait()
         looked = self._flights.landings
-        found = await self._in_thread(self._loads, self._held.load, row, content, offset, size)
+        found = await self._in_thread(self._held.load, row, content, offset, size)
         if isinstance(found, bytes):
             self._fetch_ahead(index, row, content, offset if content.extents is None else 0)
             return found
@@ -104,7 +104,7 @@ class RegistrySource:
             while self._coming is not None and found.chunk not in came and await self._coming.arrival(index, found.chunk):
                 came.add(found.chunk)
                 looked = self._flights.landings
-                found = await self._in_thread(self._loads, self._held.load, row, content, offset, size)
+                found = await self._in_thread(self._held.load, row, content, offset, size)
                 if isinstance(found, bytes):
                     return found
             with self._urgency(), ExitStack() as pins:
@@ -113,7 +113,7 @@ class RegistrySource:
                     pins.enter_context(self._flights.pinned(content.layer, found.spans))
                     await self._get(index, row, content, found, looked, round_ > 0, damaged)
                     looked = self._flights.landings
-                    found = await self._in_thread(self._loads, self._held.load, row, content, offset, size)
+                    found = await self._in_thread(self._held.load, row, content, offset, size)
                     if isinstance(found, bytes):
                         return found
         raise SourceError(f"{self.name(row)}: what is fetched is lost again and again before it can be read")
@@ -241,7 +241,7 @@ class RegistrySource:
     async def inherited(self) -> None:
         """An earlier server has used this spool: tell of what it has left whole in there."""
         self._flights.has_inherited = True
-        whole = await self._in_thread(self._loads, self._find_whole)
+        whole = await self._in_thread(self._find_whole)
         if whole:
             self._completed(whole)
 
@@ -253,7 +253,7 @@ class RegistrySource:
 
         The others were not what they should be, or it has another spool.  They stay for who reads them: a fetch may be writing there.
         """
-        await self._in_thread(self._loads, self._free, rows)
+        await self._in_thread(self._free, rows)
         freed, self._freed = self._freed, trio.Event()
         freed.set()
 
@@ -265,5 +265,5 @@ class RegistrySource:
 
     # --- threads and their clients ---
 
-    async def _in_thread(self, limiter: trio.CapacityLimiter, run: Callable[..., T], *arguments: Any) -> T:
-        return await trio.to_thread.run_sync(run, *arguments, abandon_on_cancel=True, limiter=limiter)
+    async def _in_thread(self, run: Callable[..., T], *arguments: Any) -> T:
+        return await trio.to_thread.run_sync(run, *arguments, abandon_on_cancel=True, limiter=self._loads)

@@ -254,6 +254,11 @@ def stall(after_bytes: int, time_s: float = 3600.0) -> Action:
     return act
 
 
+def held(after_bytes: int, go_on: threading.Event) -> Action:
+    """Send so many bytes of the body, and the rest when that is told."""
+    return lambda exchange: exchange.forward(pace=lambda sent: go_on.wait() if sent >= after_bytes else None)
+
+
 def silent(time_s: float = 3600.0) -> Action:
     """Take the request and say nothing for so long, or until the proxy hangs up."""
 

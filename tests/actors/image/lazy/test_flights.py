@@ -19,7 +19,7 @@ from actors.image.lazy.spool import Spool
 from actors.image.registry.repository import Registry
 from tests.actors.image.images import RunningRegistry, member, tar
 from tests.actors.image.lazy.image import Image
-from tests.actors.image.proxy import Exchange, Proxy
+from tests.actors.image.proxy import Proxy, held
 
 MIB = 1 << 20
 ONE, OTHER = range(1), range(1, 2)  # spans of the only layer
@@ -84,15 +84,12 @@ def test_a_fetch_under_which_the_spool_is_emptied_does_not_count(image: Image) -
     flights, come = flights_of(image, spool_bytes_max=64 << 10), threading.Event()
     flights.has_inherited = True
 
-    def until_told(exchange: Exchange) -> None:
-        exchange.forward(pace=lambda sent: come.wait() if sent >= 128 << 10 else None)
-
     async def run() -> None:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(flights.run)
                 await flights.running.wait()
-                image.proxy.on("/blobs/", until_told, times=1)
+                image.proxy.on("/blobs/", held(128 << 10, come), times=1)
                 [slow] = flights.fly(0, ONE, ONE)
                 begin = image.spans.bounds(0, 0)[0]
                 await flights.arrival(slow, begin + 100_000)  # more than the spool may have, and another flight begins

@@ -29,7 +29,7 @@ from actors.lazytree.objects import Objects
 from actors.lazytree.server import SourceError
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
 from tests.actors.image.lazy.image import Image, damaged, read, running
-from tests.actors.image.proxy import Exchange, Proxy, silent, stall, status, throttle
+from tests.actors.image.proxy import Proxy, held, silent, stall, status, throttle
 from tests.actors.lazytree.test_bounds import wait_for
 
 MIB = 1 << 20
@@ -264,6 +264,18 @@ def test_damaged_content_is_an_error_and_never_bytes_and_read_again_when_it_is_r
 
 
 @pytest.mark.parametrize("name", ["usr/prose", "plain/a"])
+def test_what_is_damaged_on_its_way_here_is_fetched_once_more(image: Image, name: str) -> None:
+    content = (FILES | PLAIN)[name]
+    source = image.source()
+    image.proxy.on("/blobs/", damaged, times=1)
+
+    async def body() -> None:
+        assert await read(image, source, by_size(image, content)) == content
+
+    running(source, body)
+
+
+@pytest.mark.parametrize("name", ["usr/prose", "plain/a"])
 def test_what_a_mirror_damages_comes_from_the_registry(image: Image, registry: RunningRegistry, name: str) -> None:
     content = (FILES | PLAIN)[name]
     with Proxy(registry.address) as mirror:
@@ -430,15 +442,12 @@ def test_what_was_taken_and_not_published_stays_for_who_reads_it(
     proxy.behave()
     come = threading.Event()
 
-    def until_told(exchange: Exchange) -> None:
-        exchange.forward(pace=lambda sent: come.wait() if sent >= 320 << 10 else None)
-
     with closing(Image(tmp_path, repository, proxy)) as image:
         source = image.source()
         index = by_size(image, content)
         written = Spool(image.spool, image.spans)
         place = written.place(decode_content(image.table.row(index)))
-        proxy.on("/blobs/", until_told)
+        proxy.on("/blobs/", held(320 << 10, come))
 
         async def body() -> None:
             async with trio.open_nursery() as nursery:
