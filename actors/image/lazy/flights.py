@@ -289,6 +289,7 @@ class Flights:
         Nobody brings them meanwhile: a page that is half written when it is given up is no hole, and not right.
         """
         flight = Flight(layer, numbers.start, numbers.stop - 1, unasked=True)
+        flight.is_of_use = True  # it does not end when the last one who waits for it goes
         for span in flight.spans:
             self._flights[span] = flight
             self._landed[span] = 0

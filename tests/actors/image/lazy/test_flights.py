@@ -80,6 +80,29 @@ def test_nothing_is_brought_where_something_is_given_up(image: Image) -> None:
     trio.run(run)
 
 
+def test_who_waits_no_longer_does_not_end_it_for_the_others(image: Image) -> None:
+    flights, freed = flights_of(image), threading.Event()
+
+    async def run() -> None:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(flights.run)
+                await flights.running.wait()
+                nursery.start_soon(flights.give_up, 0, ONE, freed.wait)
+                try:
+                    await trio.testing.wait_all_tasks_blocked()
+                    [giving_up] = flights.fly(0, ONE, ONE)
+                    with trio.move_on_after(0.01):
+                        await flights.arrival(giving_up)
+                    assert flights.fly(0, ONE, ONE) == [giving_up]
+                finally:
+                    freed.set()
+                await flights.arrival(giving_up)
+                nursery.cancel_scope.cancel()
+
+    trio.run(run)
+
+
 def test_a_fetch_under_which_the_spool_is_emptied_does_not_count(image: Image) -> None:
     flights, come = flights_of(image, spool_bytes_max=64 << 10), threading.Event()
     flights.has_inherited = True
