@@ -22,7 +22,7 @@ from actors.trials import Finding, try_everything
 
 KERNEL_MIN: Final = (6, 12)
 CONMON_MIN: Final = (2, 1, 6)  # Debian 12's; no older one was tried
-VERSION_TIMEOUT_S: Final = 10.0
+VERSION_TIMEOUT_S: Final = 60.0  # a program that has to come from a slow disk first may take many
 FILE_SYSTEMS: Final = ("erofs", "fuse", "overlay")
 # On the first three, EROFS does not mount a file (ENOTBLK); the others are not this host's alone.
 NOT_FOR_STATE: Final = ("overlay", "tmpfs", "ramfs", "nfs", "nfs4", "9p")

@@ -4,10 +4,12 @@
 """
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("same", derandomize=True, deadline=None)
-settings.register_profile("search", deadline=None)
+# How fast examples are drawn says something about the machine that draws them, and nothing about what is tested.
+UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("same", derandomize=True, **UNTIMED)
+settings.register_profile("search", **UNTIMED)
 settings.load_profile("same")
 
 # What they assert is shown as in a test.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from actors.doctor import file_system_of, missing_parts
 from actors.settings import Settings, parse
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run.py"
+DOCTOR_TIMEOUT_S = 300.0  # to unmount an overlay, the kernel writes out all that its disk has to write
 
 MOUNTINFO = r"""
 1 0 8:1 / / rw - ext4 /dev/root rw
@@ -35,6 +37,16 @@ def settings(tmp_path: Path) -> Settings:
     return parse({}, {"AERIE_STATE_DIR": f"{tmp_path}/state", "AERIE_RUN_DIR": f"{tmp_path}/run"})
 
 
+@pytest.fixture
+def bare(tmp_path: Path) -> str:
+    """A PATH that has nothing of the daemon's; but what knows which modules the kernel has, for nobody may have loaded them yet."""
+    directory = tmp_path / "bare"
+    directory.mkdir()
+    if modprobe := shutil.which("modprobe"):
+        (directory / "modprobe").symlink_to(modprobe)
+    return str(directory)
+
+
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
@@ -55,15 +67,17 @@ def test_nothing_is_missing_on_a_host_that_runs_these_tests(settings: Settings) 
     assert missing_parts(settings) == []
 
 
-def test_every_missing_part_is_named_with_its_cure(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_every_missing_part_is_named_with_its_cure(settings: Settings, monkeypatch: pytest.MonkeyPatch, bare: str) -> None:
+    monkeypatch.setenv("PATH", bare)
     missing = missing_parts(settings)
     assert [part.split(":")[0] for part in missing] == ["conmon", "runtime crun"]
     assert all("apt-get install" in part for part in missing)
 
 
-def test_only_the_runtime_of_tasks_that_name_none_is_required(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_only_the_runtime_of_tasks_that_name_none_is_required(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bare: str
+) -> None:
+    monkeypatch.setenv("PATH", bare)
     given = {"AERIE_STATE_DIR": f"{tmp_path}/state", "AERIE_SANDBOX_RUNTIME": "gvisor"}
     assert [part.split(":")[0] for part in missing_parts(parse({}, given))] == ["conmon", "runtime gvisor"]
 
@@ -104,7 +118,7 @@ def run_doctor(tmp_path: Path, *options: str, **environment: str) -> subprocess.
     own = {"AERIE_STATE_DIR": f"{tmp_path}/state", "AERIE_RUN_DIR": f"{tmp_path}/run"}
     argv = [sys.executable, str(PROGRAM), "doctor", *options]
     return subprocess.run(
-        argv, env={**os.environ, **own, **environment}, capture_output=True, text=True, timeout=60, check=False
+        argv, env={**os.environ, **own, **environment}, capture_output=True, text=True, timeout=DOCTOR_TIMEOUT_S, check=False
     )
 
 
@@ -123,8 +137,8 @@ def test_json_has_what_was_found_needed_and_the_cure(tmp_path: Path) -> None:
     assert {"layers", "fuse", "network namespace", "exit status"} <= {finding["part"] for finding in findings}
 
 
-def test_a_missing_part_exits_1_and_the_rest_is_tried_all_the_same(tmp_path: Path) -> None:
-    done = run_doctor(tmp_path, PATH=str(tmp_path))
+def test_a_missing_part_exits_1_and_the_rest_is_tried_all_the_same(tmp_path: Path, bare: str) -> None:
+    done = run_doctor(tmp_path, PATH=bare)
     assert done.returncode == 1
     missing = [line for line in done.stdout.splitlines() if line.startswith("MISSING")]
     assert ["conmon" in line or "crun" in line for line in missing] == [True, True]
@@ -136,7 +150,7 @@ def test_a_state_directory_on_an_overlay_is_found_by_trying(tmp_path: Path) -> N
         ["unshare", "--mount", "sh", "-ec", OVERLAY_SCRIPT, "sh", str(tmp_path), sys.executable, str(PROGRAM)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DOCTOR_TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 1, done.stderr
@@ -147,6 +161,8 @@ def test_a_state_directory_on_an_overlay_is_found_by_trying(tmp_path: Path) -> N
 def test_without_the_right_to_mount_it_says_so(tmp_path: Path) -> None:
     argv = ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin", sys.executable, str(PROGRAM), "doctor"]
     own = {"AERIE_STATE_DIR": f"{tmp_path}/state", "AERIE_RUN_DIR": f"{tmp_path}/run"}
-    done = subprocess.run(argv, env={**os.environ, **own}, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        argv, env={**os.environ, **own}, capture_output=True, text=True, timeout=DOCTOR_TIMEOUT_S, check=False
+    )
     assert (done.returncode, done.stderr) == (1, "")
     assert "MISSING mount namespace" in done.stdout

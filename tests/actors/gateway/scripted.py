@@ -12,6 +12,7 @@ from actors.gateway.messages import FRAME_BYTES_MAX, REQUESTS, SOCKET_NAME, Answ
 from supervisor.frames import Codec, FrameBuffer
 
 CODEC = Codec(*REQUESTS, size_bytes_max=FRAME_BYTES_MAX)
+PATIENCE_S = 60.0  # for a client, which may be a process that is just being started
 SPEC = TaskSpec("busybox", ["true"], {}, None, 1.0, 512 << 20, None, "crun")
 
 
@@ -37,7 +38,7 @@ class Connection:
 
     def __init__(self, accepted: socket.socket) -> None:
         self.socket = accepted
-        self.socket.settimeout(10)
+        self.socket.settimeout(PATIENCE_S)
         self._incoming = FrameBuffer(CODEC)
 
     def request(self) -> Any:
@@ -68,7 +69,7 @@ class ScriptedDaemon:
         hidden.rename(self._path)
         self._scripts = scripts
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._play)
+        self._thread = threading.Thread(target=self._play, daemon=True)
         self._thread.start()
 
     def _play(self) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -17,7 +18,7 @@ from actors.gateway.messages import Accepted, Ended, Failed, Submit
 from actors.gateway.submitting import UsageError
 from actors.image.registry.login import Login
 from actors.settings import SandboxSection
-from tests.actors.gateway.scripted import Connection, ScriptedDaemon, result
+from tests.actors.gateway.scripted import PATIENCE_S, Connection, ScriptedDaemon, result
 
 DEFAULTS = SandboxSection()
 
@@ -140,13 +141,14 @@ def test_a_refusal_has_every_field_of_a_result() -> None:
 
 @pytest.fixture
 def source() -> Iterator[tuple[int, int]]:
-    reading, writing = os.pipe()
-    yield reading, writing
-    for end in (reading, writing):
-        try:
-            os.close(end)
-        except OSError:
-            pass  # the test has closed it
+    ends = os.pipe()
+    pipe = os.fstat(ends[0])
+    yield ends
+    for end in ends:
+        # The test may have closed it, and its number may be somebody else's by now.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(end), pipe):
+                os.close(end)
 
 
 def run(tmp_path: Path, reading: int, parallel: int) -> list[dict[str, Any]]:
@@ -161,7 +163,7 @@ def test_results_come_as_tasks_end_and_never_more_than_n_are_open(tmp_path: Path
         connection.socket.settimeout(0.2)
         with pytest.raises(TimeoutError):
             connection.request()  # the third waits for a place
-        connection.socket.settimeout(10)
+        connection.socket.settimeout(PATIENCE_S)
         connection.answer(Ended(second.request, result(second.task)))
         third = connection.request()
         connection.answer(Ended(third.request, result(third.task)), Ended(first.request, result(first.task)))

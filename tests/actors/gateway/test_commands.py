@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pty
+import resource
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,13 +157,18 @@ def test_help_names_every_command(run: Run) -> None:
 
 
 def test_a_command_starts_in_a_moment(run: Run) -> None:
-    def timed() -> float:
-        began = time.monotonic()
-        run("result", "t")
-        return time.monotonic() - began
+    def took_s(call: Callable[[], object]) -> float:
+        """The processor time of the processes that `call` runs."""
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
+        call()
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
 
-    # About 60 ms on the machine it was measured on; loading the daemon's libraries would cost several times that.
-    assert min(timed() for _ in range(3)) < 0.5
+    def load_daemon() -> None:
+        subprocess.run([sys.executable, "-c", "import actors.node"], cwd=PROGRAM.parent, timeout=60, check=True)
+
+    # 75 ms, and 300 ms, on the machine it was measured on.
+    assert any(took_s(lambda: run("result", "t")) < took_s(load_daemon) / 2 for _ in range(3))
 
 
 def test_a_client_loads_nothing_of_the_daemon() -> None:
@@ -197,8 +202,8 @@ def test_a_daemon_that_is_stopping_is_not_the_one_that_is_waited_for(run: Run, t
 def test_a_daemon_that_goes_on_stopping_is_waited_for_no_longer_than_asked(run: Run, tmp_path: Path) -> None:
     def script(connection: Connection) -> None:
         connection.request()
-        connection.answer(Failed(1, "draining", "the daemon is stopping"))
-        with pytest.raises(EOFError):
+        with pytest.raises((EOFError, ConnectionError)):  # its time may be over before it has heard that
+            connection.answer(Failed(1, "draining", "the daemon is stopping"))
             connection.request()
 
     daemon = ScriptedDaemon(tmp_path / "run", script)

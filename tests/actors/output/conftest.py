@@ -50,4 +50,4 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], check=True)
     yield SmallDisk(path)
-    subprocess.run(["umount", path], check=True)
+    subprocess.run(["umount", "--lazy", path], check=True)  # whoever looks at all that is mounted may be on it just now

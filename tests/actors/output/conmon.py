@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from supervisor.pidfd import copy_descriptor
@@ -66,10 +67,17 @@ class Conmon:
         held = []
         for stream in (1, 2):
             pipe = os.readlink(f"/proc/{self.container}/fd/{stream}")
-            links = {int(entry.name): os.readlink(entry) for entry in Path(f"/proc/{self.pid}/fd").iterdir()}
-            held.append(copy_descriptor(watch, next(number for number, link in links.items() if link == pipe)))
+            held.append(copy_descriptor(watch, self._number_of(pipe)))
         os.close(watch)
         return held
+
+    def _number_of(self, pipe: str) -> int:
+        """Under which number conmon has `pipe`.  What it opens and closes meanwhile may have gone when it is looked at."""
+        for number in os.listdir(f"/proc/{self.pid}/fd"):
+            with suppress(FileNotFoundError):
+                if os.readlink(f"/proc/{self.pid}/fd/{number}") == pipe:
+                    return int(number)
+        raise AssertionError(f"conmon does not hold {pipe}")
 
     def kill(self) -> None:
         """SIGKILL conmon, and wait until it is dead."""
@@ -77,6 +85,10 @@ class Conmon:
         os.kill(self.pid, signal.SIGKILL)
         assert select.select([watch], [], [], 60)[0]
         os.close(watch)
+
+    def enough(self) -> None:
+        """Make /enough in the container."""
+        (self._directory / "bundle/root/enough").touch()
 
     def delete(self) -> None:
         subprocess.run(["crun", "delete", "-f", self._name], capture_output=True, check=False)

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from actors.output import process, wire
 from actors.sandbox.messages import Sink
 from supervisor.boot import only_these
 from supervisor.channel import Channel, ChannelClosed, ChannelTimeout
-from supervisor.frames import Codec
+from supervisor.frames import Codec, Message
+
+PATIENCE_S = 60.0  # for the mover's next step: a disk may take seconds for one fsync
 
 
 def file_sink(path: Path) -> Sink:
@@ -63,24 +65,29 @@ class RunningMover:
         return pid, channel
 
     def follow(self, task: str, directory: Path, sinks: list[Sink]) -> None:
-        self._channel.send(wire.FollowTask(task, str(directory), sinks, self.positions.get(task, {})))
+        self._send(wire.FollowTask(task, str(directory), sinks, self.positions.get(task, {})))
 
     def finish(self, task: str) -> None:
-        self._channel.send(wire.FinishTask(task))
+        self._send(wire.FinishTask(task))
 
     def pump(self, task: str, directory: Path, pipes: dict[str, int]) -> None:
-        self._channel.send(wire.PumpTask(task, str(directory), list(pipes)), list(pipes.values()))
+        self._send(wire.PumpTask(task, str(directory), list(pipes)), list(pipes.values()))
 
-    def hear(self, *kinds: type, within_s: float = 60.0) -> Any:
+    def _send(self, order: Message, descriptors: Sequence[int] = ()) -> None:
+        self._channel.send(order, descriptors, PATIENCE_S)
+
+    def hear(self, *kinds: type, within_s: float | None = None) -> Any:
         """The next message of these kinds; None when the time is over.  Positions are recorded on the way.
 
-        Raises ChannelClosed when the mover is gone.
+        Without a time: PATIENCE_S since it has moved something.  Raises ChannelClosed when the mover is gone.
         """
-        deadline = time.monotonic() + within_s
+        deadline = time.monotonic() + (PATIENCE_S if within_s is None else within_s)
         while (left_s := deadline - time.monotonic()) > 0:
             message = self.next(left_s)
             if isinstance(message, kinds):
                 return message
+            if within_s is None and isinstance(message, wire.Moved):
+                deadline = time.monotonic() + PATIENCE_S
         return None
 
     def next(self, within_s: float) -> Any:

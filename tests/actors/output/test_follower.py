@@ -106,7 +106,8 @@ def test_a_pump_that_begins_between_two_looks_changes_no_order(tmp_path: Path, m
 
 
 def test_no_descriptor_is_left_when_there_is_no_directory(tmp_path: Path) -> None:
-    before = os.listdir("/proc/self/fd")
-    with pytest.raises(FileNotFoundError):
-        Follower(tmp_path / "missing")
-    assert os.listdir("/proc/self/fd") == before
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(100):
+        with pytest.raises(FileNotFoundError):
+            Follower(tmp_path / "missing")
+    assert len(os.listdir("/proc/self/fd")) < before + 50, "one each time; a few may be other threads'"

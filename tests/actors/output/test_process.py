@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -138,10 +139,10 @@ def test_a_sink_that_failed_is_followed_again(mover: RunningMover, tmp_path: Pat
     mover.follow("task", tmp_path, [file_sink(log)])
     assert mover.hear(wire.SinkFailed)
     (tmp_path / "journal").touch()  # growth that must not make it try at once
-    log.parent.unlink()
     with closing(INotify()) as signs:
-        signs.add_watch(tmp_path, flags.CREATE)
-        assert any(event.name == "logs" for event in signs.read(timeout=5000))
+        signs.add_watch(tmp_path, flags.CREATE)  # before the way is free: it may be tried again at once after that
+        log.parent.unlink()
+        assert any(event.name == "logs" for event in signs.read(timeout=60_000))
     (tmp_path / "journal").write_bytes(record("stdout", "F", b"line"))
     assert mover.hear(wire.Moved)
     assert log.read_bytes() == b"line\n"
@@ -201,9 +202,13 @@ def test_a_full_disk_costs_a_sink_and_a_spill_only_time(small_disk: SmallDisk, m
     mover.pump("task", full, {"stdout": reader})
     os.close(reader)
     assert mover.hear(wire.SinkFailed).sink == "spill"
-    began_s = mover.processor_s()
-    assert mover.hear(wire.SinkFailed, wire.Pumped, wire.Drained, within_s=0.7) is None
-    assert mover.processor_s() - began_s < 0.3, "it waits, though pipe and journal are readable all the time"
+
+    def took_s() -> float:
+        began_s = mover.processor_s()
+        assert mover.hear(wire.SinkFailed, wire.Pumped, wire.Drained, within_s=0.7) is None
+        return mover.processor_s() - began_s
+
+    assert any(took_s() < 0.3 for _ in range(3)), "it waits, though pipe and journal are readable all the time"
     small_disk.free()
     assert mover.hear(wire.Pumped)
     mover.finish("task")
@@ -226,26 +231,32 @@ def test_each_outage_is_told_once(small_disk: SmallDisk, mover: RunningMover, tm
 
 
 @pytest.mark.alone
-def test_a_mover_with_nothing_to_move_rests(mover: RunningMover, tmp_path: Path) -> None:
+def test_a_mover_with_nothing_to_move_rests(small_disk: SmallDisk, mover: RunningMover, tmp_path: Path) -> None:
     """However often it was woken before, and with a directory that was removed: the heartbeat is all that goes on."""
     (tmp_path / "removed").mkdir()
     mover.follow("other", tmp_path / "removed", [Sink("console")])
-    mover.follow("task", tmp_path, [file_sink(tmp_path.parent / f"{tmp_path.name}.log")])
-    with open(tmp_path / "journal", "ab", buffering=0) as file:
-        for number in range(300):
-            file.write(record("stdout", "F", b"%d" % number))
-            mover.hear(within_s=0.002)
+    mover.follow("task", tmp_path, [file_sink(small_disk.path / "task.log")])  # in memory: to wait for a disk is no rest
+    (tmp_path / "journal").write_bytes(record("stdout", "F", b"line"))
+    assert mover.hear(wire.Moved), "it watches both"
     (tmp_path / "removed").rmdir()
     status = Path(f"/proc/{mover.pid}/status")
 
     def switches() -> int:
         return int(status.read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
-    began, began_s = switches(), mover.processor_s()
-    while mover.hear(wire.Moved, within_s=1.5):  # the last one within half a second
-        pass
-    assert switches() - began <= 12
-    assert mover.processor_s() - began_s <= 0.05
+    def rests() -> bool:
+        with open(tmp_path / "journal", "ab", buffering=0) as file:
+            for number in range(300):
+                file.write(record("stdout", "F", b"%d" % number))
+                mover.hear(within_s=0.002)
+        began_at_s, began, began_s = time.monotonic(), switches(), mover.processor_s()
+        while mover.hear(wire.Moved, within_s=1.5):  # the last one within half a second
+            pass
+        # Twelve in two seconds, and one heartbeat in each that this process was late.
+        late_s = max(0.0, time.monotonic() - began_at_s - 2.0)
+        return switches() - began <= 12 + 2 * late_s and mover.processor_s() - began_s <= 0.05
+
+    assert any(rests() for _ in range(3))
 
 
 def test_more_tasks_than_inotify_has_instances(mover: RunningMover, tmp_path: Path) -> None:
