@@ -2,7 +2,8 @@
 
 A sync that finds nothing to do costs as much as the store has entries; this costs as much as the task has staged.  Everything that a
 sync would act on moves a change time: of the file that was written or described, of the directory in which a name came or went.
-A page that is mapped, dirty and writable moves none, but the sync that copied the file has cleaned it (`copying`).
+A page that is mapped, dirty and writable moves none, but the sync that copied the file has cleaned it, or the file's change time is
+another since that sync began (`copying`).
 """
 
 from __future__ import annotations

@@ -24,12 +24,19 @@ class FileChanged(Exception):
 
 
 def copy_settled(source: int, target: int, writers: bool = False) -> os.stat_result:
-    """Copy an open file into an empty one; the status returned is that of the source at a moment whose bytes the copy has.
+    """Copy an open file into an empty one; the copy is what the file was at some moment.
+
+    Returned is the status of the source at that moment, or before: who finds it again has every byte.  Where the file was written to
+    while this waited for the disk, it is that of before, for a page may be mapped and writable since, and be written to later without
+    the inode's times moving.
 
     `writers`: somebody may go on writing to it, and whoever has the status must see by it that they did.  Holes stay holes, and the
     copy is on its way to the disk (a later fsync has less to wait for).  Raises FileChanged, OSError.
     """
     for _ in range(ATTEMPTS):
+        earlier = os.fstat(source)
+        if writers:
+            _wait_until_past(earlier.st_ctime_ns)
         # A page that is mapped, dirty and writable is written to without the inode's times moving.  Written back it is
         # write-protected again, and the next write to it moves them.  fsync(2) does that too, and waits for the disk besides.
         _write_back(source, _WRITE_AND_WAIT)
@@ -48,7 +55,7 @@ def copy_settled(source: int, target: int, writers: bool = False) -> os.stat_res
             after.st_ctime_ns,
         ):
             _write_back(target, _WRITE)
-            return before
+            return earlier
     raise FileChanged
 
 
@@ -59,9 +66,9 @@ def _wait_until_past(ctime_ns: int) -> None:
     copy, could not be told by them.
     """
     tick_s = time.clock_getres(_CLOCK_REALTIME_COARSE)
-    for _ in range(3):  # were the time from the future (a clock set back), waiting would be in vain
-        if time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) > ctime_ns:
-            break
+    # Ticks may be late, on a machine whose processors are taken from it.  Were the time from the future (a clock set back), waiting
+    # would be in vain.
+    while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) <= ctime_ns <= time.time_ns():
         time.sleep(tick_s)
 
 

@@ -19,6 +19,7 @@ links and without waiting for a FIFO, and everything is asked of that descriptor
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -209,5 +210,9 @@ def _attributes(opened: int) -> dict[str, bytes]:
     found = {}
     for name in os.listxattr(path):
         if name.startswith(_PREFIX):
-            found[name[len(_PREFIX) :]] = os.getxattr(path, name)
+            try:
+                found[name[len(_PREFIX) :]] = os.getxattr(path, name)
+            except OSError as error:
+                if error.errno != errno.ENODATA:  # it went since it was listed: the file has its own content by now
+                    raise
     return found

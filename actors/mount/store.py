@@ -31,6 +31,7 @@ from actors.mount.steps import is_directory
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 FILE = os.O_RDONLY | os.O_NONBLOCK
+REMOVED_MAX = 100  # times that others' syncs remove a directory while it is being opened
 # The store, or staging, is no longer what it was when it was looked at.
 STALE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.EISDIR, errno.ENXIO))
 
@@ -173,24 +174,31 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):
                     return open_beneath(self.root, self.private, DIRECTORY)
             self._private_made = True
-            with contextlib.ExitStack() as opened:
-                directory = self.root
-                for name in (RESERVED, self._task):
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(name, 0o711, dir_fd=directory)
-                    directory = open_beneath(directory, name, DIRECTORY)
-                    opened.callback(os.close, directory)
-                    # Whoever else may write to the store must not write here: what lies here is published as it is.  Names that
-                    # are to be published nobody can guess.
-                    os.fchmod(directory, 0o711)
-                    os.fchown(directory, os.geteuid(), os.getegid())
-                return os.dup(directory)
+            for _ in range(REMOVED_MAX):
+                # The sync of another task, at its end, may remove the directory that both have theirs in, as long as it is empty.
+                with contextlib.suppress(FileNotFoundError):
+                    return self._make_private()
+            return self._make_private()
         except OSError as error:
             if error.errno not in STALE:
                 raise
             # No later look would find it otherwise: this is for somebody to put right.
             text = f"{os.fsdecode(self.private)} in the store is no directory of a sync's: {error.strerror}"
             raise OSError(errno.EPERM, text) from None
+
+    def _make_private(self) -> int:
+        with contextlib.ExitStack() as opened:
+            directory = self.root
+            for name in (RESERVED, self._task):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o711, dir_fd=directory)
+                directory = open_beneath(directory, name, DIRECTORY)
+                opened.callback(os.close, directory)
+                # Whoever else may write to the store must not write here: what lies here is published as it is.  Names that
+                # are to be published nobody can guess.
+                os.fchmod(directory, 0o711)
+                os.fchown(directory, os.geteuid(), os.getegid())
+            return os.dup(directory)
 
     @contextlib.contextmanager
     def private_name(self, kind: str) -> Iterator[tuple[int, bytes]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 from actors.mount.listing import Entry
@@ -60,3 +61,30 @@ def test_a_staged_file_that_is_another_by_now_is_not_uploaded(store: Path, tmp_p
     publisher.close()
     opened.close()
     os.close(upper)
+
+
+def test_a_sync_that_ends_takes_nothing_from_one_that_begins(store: Path, tmp_path: Path) -> None:
+    """What both have their private directories in goes with the last of them, and comes again with the next."""
+    upper = os.open(tmp_path, os.O_RDONLY)
+    errors: list[OSError] = []
+
+    def begin_and_end(task: str) -> None:
+        opened = Store(str(store), task, upper)
+        try:
+            for _ in range(300):
+                with opened.private_name("dir") as (directory, name):
+                    os.mkdir(name, dir_fd=directory)
+                opened.clean()
+        except OSError as error:
+            errors.append(error)
+        finally:
+            opened.close()
+
+    tasks = [threading.Thread(target=begin_and_end, args=[f"t{number}"]) for number in range(3)]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join()
+    os.close(upper)
+    assert errors == []
+    assert list(store.iterdir()) == []

@@ -7,10 +7,11 @@ import os
 import random
 import signal
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from actors.mount.listing import Bounds, Entry, TreeTooLarge, read_listing
@@ -211,18 +212,41 @@ def test_the_tree_is_what_the_overlay_shows(workspace: Workspace, store: Path) -
 
 
 @contextmanager
-def swapping(one: Path, other: Path) -> Iterator[None]:
-    """Another process exchanges the two, all the time."""
+def all_the_time(work: Callable[[], object]) -> Iterator[None]:
+    """Another process does this again and again."""
     pid = os.fork()
     if pid == 0:
-        libc = ctypes.CDLL(None)
-        while True:
-            libc.renameat2(-100, bytes(one), -100, bytes(other), RENAME_EXCHANGE)
+        try:
+            while True:
+                work()
+        finally:
+            os._exit(1)
     try:
         yield
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def swapping(one: Path, other: Path) -> AbstractContextManager[None]:
+    libc = ctypes.CDLL(None)
+    return all_the_time(lambda: libc.renameat2(-100, bytes(one), -100, bytes(other), RENAME_EXCHANGE))
+
+
+def test_an_attribute_that_goes_under_the_walk(upper: Path) -> None:
+    """As that of a file of which only the metadata was copied, when it is written to."""
+    write(upper / "f", "content")
+    own = Entry(FILE, OLD_NS, (0, 7, 0), staged=True)
+
+    def come_and_go() -> None:
+        mark(upper / "f", metacopy=b"")
+        os.removexattr(upper / "f", "trusted.overlay.metacopy")
+
+    with all_the_time(come_and_go):
+        for _ in range(2000):
+            found = read_upper(upper).tree[b"f"]
+            assert found.content is not None
+            assert found in (listed(3), msgspec.structs.replace(own, content=found.content))
 
 
 @pytest.mark.parametrize("of", ["directory", "fifo", "file"])

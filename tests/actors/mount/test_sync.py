@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -294,6 +295,29 @@ def test_mapped_writes(workspace: Workspace, store: Path) -> None:
         content = (store / "map").read_bytes()
         assert (content[0], content[4096]) == (2, 3)
         assert workspace.sync(running=True).files == 0
+
+
+def test_a_mapped_write_during_a_sync_is_seen_by_the_next(workspace: Workspace, store: Path) -> None:
+    """Also one that came while the sync waited for the disk: it made its page writable, and later ones move no time."""
+    write(store / "map", bytes(8192))
+    workspace.begin()
+    with open(workspace.root / "map", "r+b") as file, mmap.mmap(file.fileno(), 8192) as mapped:
+        for running in (True, True, True, False):
+            stop = threading.Event()
+
+            def write_on(stop: threading.Event = stop) -> None:
+                while not stop.is_set():
+                    mapped[0] = mapped[4096] = (mapped[0] + 1) % 256
+
+            writer = threading.Thread(target=write_on)
+            writer.start()
+            try:
+                assert workspace.sync(running=True).outcome == "synced"
+            finally:
+                stop.set()
+                writer.join()
+            assert workspace.sync(running).outcome == "synced"
+            assert (store / "map").read_bytes() == mapped[:]
 
 
 def test_sparse_files_stay_sparse(workspace: Workspace, store: Path) -> None:
