@@ -32,9 +32,9 @@ from actors.gateway.messages import (
 )
 from supervisor.frames import Codec, FrameBuffer, FrameError
 
-ANSWER_TIMEOUT_S: Final = 30.0  # for a request that waits for nothing
+ANSWER_TIMEOUT_S: Final = 60.0  # for a request that waits for nothing but a start of the root supervisor, and a disk
 PATIENCE_S: Final = 60.0  # for a daemon that was there a moment ago
-STARTING_S: Final = 20.0  # for a gateway whose keeper is there
+STARTING_S: Final = 60.0  # for a gateway whose keeper is there; a slow disk may take many for the state store
 KEEPER_SOCKET: Final = "keeper.sock"  # in the run directory; see supervisor.keeper
 POLL_MAX_MS: Final = (1 << 31) - 1  # poll(2) takes an int: 24 days
 NOBODY_THERE: Final = (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)
@@ -81,6 +81,7 @@ class Client:
         self._open: dict[int, Request] = {}
         self._unread: list[Answer] = []
         self._last_number = 0
+        self._reconnects = 0
         self._incoming = FrameBuffer(self._codec)
         self._socket = connection or connect(self._run_dir)
 
@@ -126,13 +127,16 @@ class Client:
                 return None
 
     def answers(self, request: Request, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Iterator[Answer]:
-        """Send a request → its answers, the last one included; each is waited for `timeout_s`.
+        """Send a request → its answers, the last one included; each is waited for `timeout_s`, and again when the daemon was away.
 
         Raises RequestFailed for a `Failed`, and as `receive`.
         """
         self.send(request)
         while True:
+            reconnects = self._reconnects
             answer = self.receive(timeout_s, request.request)
+            if answer is None and self._reconnects > reconnects:
+                continue  # what was sent again has all of its time: a Wait, for instance, which counts from its arrival
             if answer is None:
                 raise ClientError(f"the daemon has not answered within {timeout_s:g} s: its log may say why")
             if isinstance(answer, Failed):
@@ -196,6 +200,7 @@ class Client:
                         self._take(Failed(request.request, "internal", error))
                     else:
                         self._socket.sendall(self._codec.frame(request))
+                self._reconnects += 1
                 return
             except ConnectionError:
                 self._socket.close()

@@ -9,10 +9,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from actors.gateway.client import Client, ClientError, NoDaemon, NotPermitted, RequestFailed, connect, readable, wait_connect
+from actors.gateway import client as client_module
+from actors.gateway.client import (
+    ANSWER_TIMEOUT_S,
+    Client,
+    ClientError,
+    NoDaemon,
+    NotPermitted,
+    RequestFailed,
+    connect,
+    readable,
+    wait_connect,
+)
 from actors.gateway.messages import (
     FRAME_BYTES_MAX,
     Accepted,
@@ -326,6 +338,32 @@ def test_a_daemon_that_is_started_later_is_found(opened: Opened, tmp_path: Path)
     asking.join(60)
     second.join()
     assert answers == [IsReady(1, 42)]
+
+
+def test_a_daemon_that_was_away_for_long_has_its_time_to_answer(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away_s = 0.0
+
+    def wait_long(run_dir: Path, deadline: float) -> socket.socket:
+        nonlocal away_s
+        away_s = ANSWER_TIMEOUT_S + 10
+        return wait_connect(run_dir, deadline)
+
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + away_s))
+    monkeypatch.setattr(client_module, "wait_connect", wait_long)
+
+    def dies(connection: Connection) -> None:
+        connection.request()
+
+    def lives(connection: Connection) -> None:
+        connection.request()
+        time.sleep(0.2)
+        connection.answer(IsReady(1, 42))
+
+    daemon = ScriptedDaemon(tmp_path / "run", dies, lives)
+    assert opened(tmp_path / "run").ask(Ready(1)) == IsReady(1, 42)
+    daemon.join()
 
 
 def test_a_daemon_that_does_not_come_back_is_said_so(opened: Opened, tmp_path: Path) -> None:
