@@ -1,7 +1,7 @@
 """Fetching all of an image that is not here, behind whatever is read of it.
 
-One layer after another, in long ranges, some at once; never while a read waits for something to be fetched, never more of what is not yet
-published than half the spool holds, no faster than told, and not so much that the disk of OBJECTS becomes full.
+One layer after another, in long ranges, some at once; never while a read waits for something to be fetched, never more of what could be
+published and is not yet than half the spool holds, no faster than told, and not so much that the disk of OBJECTS becomes full.
 """
 
 from __future__ import annotations

@@ -70,8 +70,9 @@ class RegistrySource:
         self._spool = spool
         self._held = Held(spans, spool, objects, reference)
         self._fetcher = Fetcher(spans, reference, layers, spool, self._held, connect, timeout_s)
-        self._flights = Flights(spans, reference, spool, self._fetcher, spool_bytes_max, completed)
+        self._flights = Flights(spans, reference, spool, self._fetcher, spool_bytes_max, self._is_whole)
         self._completed = completed
+        self._untaken: set[int] = set()  # of what was completed: what the parent has not had yet
         self._coming = coming
         self._loads = trio.CapacityLimiter(LOADS_MAX)
         self._readahead, self._neighbours = Readahead(), Neighbours()
@@ -216,8 +217,11 @@ class RegistrySource:
             await self._quiet.wait()
 
     async def room(self) -> None:
-        """Wait until half of the spool is free: the parent publishes what is whole in it."""
-        while not self._flights.is_half_empty:
+        """Wait until half of the spool is free, as long as there is something whole in it for the parent to publish.
+
+        Where nothing is, nothing would come of waiting: what is there waits for the rest of itself, or is larger than the spool.
+        """
+        while self._untaken and not self._flights.is_half_empty:
             await self._freed.wait()
 
     def compressed_bytes(self, layer: int, first: int, last: int) -> int:
@@ -243,7 +247,11 @@ class RegistrySource:
         self._flights.has_inherited = True
         whole = await self._in_thread(self._find_whole)
         if whole:
-            self._completed(whole)
+            self._is_whole(whole)
+
+    def _is_whole(self, rows: list[int]) -> None:
+        self._untaken.update(rows)
+        self._completed(rows)
 
     def _find_whole(self) -> list[int]:
         return [index for index, row, content in self._spool.objects() if self._held.is_whole(row, content)]
@@ -254,6 +262,7 @@ class RegistrySource:
         The others were not what they should be, or it has another spool.  They stay for who reads them: a fetch may be writing there.
         """
         await self._in_thread(self._free, rows)
+        self._untaken.difference_update(rows)
         freed, self._freed = self._freed, trio.Event()
         freed.set()
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from actors.image.registry import patience
 from tests.actors.image.images import Repository, RunningRegistry
 
 
@@ -25,3 +26,14 @@ def repository(registry: RunningRegistry, request: pytest.FixtureRequest) -> Rep
 def anonymous(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whatever `docker login` left on this machine is none of these tests' business."""
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked for twice because this machine stood still for some seconds.
+
+    For tests that count requests and bytes, or that tell who waits from who has asked again.
+    """
+    monkeypatch.setattr(patience, "CONNECT_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (60.0,) * patience.ATTEMPTS)
+    monkeypatch.setattr(patience, "SLOW_WINDOW_S", 600.0)

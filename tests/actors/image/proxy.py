@@ -126,6 +126,7 @@ class Proxy:
         self.behaving = threading.Event()  # what one that is only slow waits for; the one of its beginning
         self.hung_up = threading.Event()  # and who is silent
         self._commands: list[list[Any]] = []  # pattern, action, requests left (None: any number)
+        self._connected: dict[int, Any] = {}  # the connections that were accepted and have not ended: their other ends
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -161,6 +162,16 @@ class Proxy:
         class Server(ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 128
+
+            def process_request(self, request: Any, client_address: Any) -> None:
+                with proxy.lock:
+                    proxy._connected[id(request)] = client_address
+                super().process_request(request, client_address)
+
+            def shutdown_request(self, request: Any) -> None:
+                super().shutdown_request(request)
+                with proxy.lock:
+                    proxy._connected.pop(id(request), None)
 
         self._server = Server(("127.0.0.1", 0), Handler)
         if tls is not None:
@@ -216,6 +227,21 @@ class Proxy:
         """Count from zero."""
         with self.lock:
             self.exchanges.clear()
+
+    def settle(self, timeout_s: float = 60.0) -> None:
+        """Wait until nobody is connected: all who were have been killed, and what they asked for until then has been taken note of."""
+        deadline = time.monotonic() + timeout_s
+        with socket.create_connection(self._server.server_address[:2]) as last:  # who came before it is accepted before it
+            while last.getsockname() not in self._connections():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        while self._connections():
+            assert time.monotonic() < deadline, self._connections()
+            time.sleep(0.001)
+
+    def _connections(self) -> list[Any]:
+        with self.lock:
+            return list(self._connected.values())
 
     def _take(self, handler: BaseHTTPRequestHandler) -> None:
         exchange = Exchange(handler.command, handler.path, dict(handler.headers), handler=handler, proxy=self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import http.client
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -26,7 +27,7 @@ from tests.actors.image.images import Repository
 from tests.actors.image.proxy import Exchange, Proxy
 
 T = TypeVar("T")
-
+DAMAGED_BYTES = 32 << 10
 
 _given_up: list[int] = []  # descriptors
 
@@ -63,7 +64,7 @@ class Image:
 
     def source(
         self,
-        timeout_s: float = 10.0,
+        timeout_s: float = 60.0,
         spool_bytes_max: int = 1 << 30,
         completed: Callable[[list[int]], None] = lambda _: None,
         mirrors: Sequence[str] = (),
@@ -107,15 +108,24 @@ class Image:
         self.spans.close()
         self.table.close()
         self.objects.close()
-        # A thread that was left alone with its fetch may still write there.  Until it has, no other file must get the number.
-        with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), self.spool, inheritable=False)
-        _given_up.append(self.spool)
-        if len(_given_up) > 50:
-            os.close(_given_up.pop(0))
+        give_up(self.spool)
 
 
-def running(source: RegistrySource, body: Callable[[], Awaitable[T]], timeout_s: float = 60.0) -> T:
+def give_up(spool: int) -> None:
+    """Close a spool.
+
+    A thread that was left alone with its fetch may still write there.  Until it has, no other file must get the number.
+    """
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), spool, inheritable=False)
+    _given_up.append(spool)
+    if len(_given_up) > 50:
+        os.close(_given_up.pop(0))
+
+
+def running(
+    source: RegistrySource, body: Callable[[], Awaitable[T]], timeout_s: float = 120.0, clock: trio.abc.Clock | None = None
+) -> T:
     """What `body` returns, while the source runs."""
 
     async def run() -> T:
@@ -128,7 +138,19 @@ def running(source: RegistrySource, body: Callable[[], Awaitable[T]], timeout_s:
                     nursery.cancel_scope.cancel()
         raise AssertionError
 
-    return trio.run(run)
+    return trio.run(run, clock=clock)
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await trio.to_thread.run_sync(time.sleep, 0.005)  # by no clock of trio's: a test may have stopped it
+
+
+async def landed(source: RegistrySource) -> None:
+    """Wait until nothing is on its way: what comes ahead asks for something later than who reads, and what is whole is said later."""
+    await until(lambda: not source._flights._flights and not source._flights._ahead)
 
 
 def read(image: Image, source: RegistrySource, index: int, offset: int = 0, size: int | None = None) -> Awaitable[bytes]:
@@ -137,10 +159,11 @@ def read(image: Image, source: RegistrySource, index: int, offset: int = 0, size
 
 
 def damaged(exchange: Exchange) -> None:
-    """Pass the request on, and change one byte in the middle of the answer."""
+    """Pass the request on, and change a byte in each piece of the answer: no chunk of what it has is right."""
     with closing(http.client.HTTPConnection(exchange.proxy.upstream, timeout=60)) as upstream:
         upstream.request("GET", exchange.path, headers={"Range": exchange.headers["Range"]})
         answer = upstream.getresponse()
         body = bytearray(answer.read())
-        body[len(body) // 2] ^= 0x55
+        for at in range(len(body) // 2 % DAMAGED_BYTES, len(body), DAMAGED_BYTES):
+            body[at] ^= 0x55
         exchange.answer(answer.status, bytes(body), Content_Range=answer.headers["Content-Range"])
