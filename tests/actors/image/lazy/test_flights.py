@@ -24,8 +24,10 @@ from tests.actors.image.proxy import Proxy, held
 MIB = 1 << 20
 ONE, OTHER = range(1), range(1, 2)  # spans of the only layer
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture
 def proxy(registry: RunningRegistry) -> Iterator[Proxy]:
     with Proxy(registry.address) as proxy:
         yield proxy
@@ -36,18 +38,15 @@ def image(tmp_path: Path, registry: RunningRegistry, proxy: Proxy) -> Iterator[I
     """One layer of some spans."""
     repository = registry.repository("flights")
     repository.push(tar(member("file", random.Random(1).randbytes(4 * MIB))))
-    proxy.behave()
     with closing(Image(tmp_path, repository, proxy)) as image:
-        proxy.forget()
         yield image
-        proxy.behave()
 
 
 def flights_of(image: Image, spool_bytes_max: int = 1 << 30) -> Flights:
     name, layers = str(image.reference), [layer.digest for layer in image.archive.info.layers]
     spool = Spool(image.spool, image.spans)
     held = Held(image.spans, spool, image.objects.descriptor, name)
-    fetcher = Fetcher(image.spans, name, layers, spool, held, lambda: Registry(image.reference), 10.0)
+    fetcher = Fetcher(image.spans, name, layers, spool, held, lambda: Registry(image.reference), 60.0)
     return Flights(image.spans, name, spool, fetcher, spool_bytes_max, lambda rows: None)
 
 
@@ -55,7 +54,7 @@ def test_nothing_is_brought_where_something_is_given_up(image: Image) -> None:
     flights, freed = flights_of(image), threading.Event()
 
     async def run() -> None:
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(flights.run)
                 await flights.running.wait()
@@ -108,7 +107,7 @@ def test_a_fetch_under_which_the_spool_is_emptied_does_not_count(image: Image) -
     flights.has_inherited = True
 
     async def run() -> None:
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(flights.run)
                 await flights.running.wait()
