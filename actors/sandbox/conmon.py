@@ -101,7 +101,8 @@ def create(container: Container, command: str, attempt: int, environment: Mappin
     deadline = time.monotonic() + timeout_s
     for name in ("exits", "sockets"):
         (container.monitor / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-    container.conmon_pid_file.unlink(missing_ok=True)  # an earlier attempt's must not be taken for this one's
+    for earlier in (container.pid_file, container.conmon_pid_file):  # must not be taken for this attempt's
+        earlier.unlink(missing_ok=True)
     threading.Thread(target=expect_moves, name="expect moves", daemon=True).start()
     reader, writer = os.pipe()
     try:
@@ -218,15 +219,18 @@ def delete(container: Container, timeout_s: float, force: bool = False) -> None:
 
 
 def end(container: Container, timeout_s: float) -> None:
-    """SIGKILL to its conmon, also to one that is only being started; a runtime at its work dies with it.  Raises TimeoutError."""
+    """SIGKILL to its conmon, also to one that is only being started, and to a runtime that creates it.  Raises TimeoutError.
+
+    The runtime dies with its conmon; but not one that was forked a moment before, and had not asked for that yet (PR_SET_PDEATHSIG).
+    """
     deadline = time.monotonic() + timeout_s
-    while pidfds := _conmons_of(container):
+    while pidfds := _creators_of(container):
         try:
             for pidfd in pidfds:
                 signal_process(pidfd, signal.SIGKILL)
             for pidfd in pidfds:
                 if not wait_ended(pidfd, _left_s(deadline)):
-                    raise TimeoutError(f"conmon of the container {container.id} does not end, killed as it is")
+                    raise TimeoutError(f"conmon or runtime of the container {container.id} does not end, killed as it is")
         finally:
             for pidfd in pidfds:
                 os.close(pidfd)
@@ -322,31 +326,34 @@ def _conmon_of(container: Container) -> int | None:
     return None
 
 
-def _conmons_of(container: Container) -> list[int]:
-    """Pidfds of the container's conmon; of all that there are, as long as none has written its pid down."""
+def _creators_of(container: Container) -> list[int]:
+    """Pidfds of the container's conmon, and of whoever creates it: one of which no pid has been written down, or whose conmon is dead."""
     if not container.monitor.exists():
         return []
-    if container.conmon_pid_file.exists():
-        pidfd = _conmon_of(container)
-        return [] if pidfd is None else [pidfd]
+    pidfd = _conmon_of(container)
+    if pidfd is not None:
+        return [pidfd]
+    if container.conmon_pid_file.exists() and container.pid_file.exists():
+        return []  # it has been created
     found = []
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and _is_conmon_of(container, entry):
+        if entry.isdigit() and _creates(container, entry):
             with contextlib.suppress(ProcessLookupError):
                 pidfd = open_pidfd(int(entry))
-                if _is_conmon_of(container, entry):  # and not another process, that has its pid since
+                if _creates(container, entry):  # and not another process, that has its pid since
                     found.append(pidfd)
                 else:
                     os.close(pidfd)
     return found
 
 
-def _is_conmon_of(container: Container, pid: str) -> bool:
+def _creates(container: Container, pid: str) -> bool:
+    """Whether it is a conmon or a runtime that was told to write down the pid of the container's first process."""
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return container.id.encode() in arguments and os.fsencode(container.monitor) in arguments
+    return container.id.encode() in arguments and os.fsencode(container.pid_file) in arguments
 
 
 def _answer(reader: int, deadline: float) -> tuple[int, str]:
@@ -370,12 +377,10 @@ def _answer(reader: int, deadline: float) -> tuple[int, str]:
 
 def _clear(container: Container, error: CreateError) -> None:
     """Leave nothing of a create that failed, or note on `error` what could not be cleared away."""
-    pidfd = _conmon_of(container)
-    if pidfd is not None:
-        signal_process(pidfd, signal.SIGKILL)  # its runtime dies with it (PR_SET_PDEATHSIG)
-        if not wait_ended(pidfd, CLEARING_TIMEOUT_S):
-            error.add_note("conmon does not end, killed as it is")
-        os.close(pidfd)
+    try:
+        end(container, CLEARING_TIMEOUT_S)  # also one that has not been written down yet
+    except TimeoutError as hanging:
+        error.add_note(str(hanging))
     try:
         delete(container, CLEARING_TIMEOUT_S, force=True)
     except ContainerError as left:

@@ -180,7 +180,9 @@ def test_one_hierarchy_is_enough_not_to_be_empty(group: Cgroup) -> None:
 
 
 def test_processes_that_fork_all_the_time_do_not_escape(group: Cgroup) -> None:
-    process = inside(group, "while :; do sleep 60 & done", group.directories)
+    # The more there are the slower: this process may be kept from looking for a while.
+    script = "i=0; while :; do sleep 60 & i=$((i+1)); [ $i -lt 300 ] || sleep 0.01; done"
+    process = inside(group, script, group.directories)
     deadline = time.monotonic() + TIMEOUT_S
     while len(group.processes()) < 50:
         assert time.monotonic() < deadline

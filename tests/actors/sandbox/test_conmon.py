@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pytest
 from actors.sandbox import bundle, conmon
 from actors.sandbox.conmon import Container, Created
 from actors.sandbox.runtimes import ContainerError, CreateError, Runtime, exec_error
-from supervisor.pidfd import has_ended, open_pidfd, pid_of, wait_status
+from supervisor.pidfd import has_ended, pid_of, wait_status
 from tests.actors.sandbox.conftest import TIMEOUT_S, Laboratory, wait_for
 
 
@@ -165,7 +167,8 @@ def test_memory_limit(laboratory: Laboratory, runtime: Runtime) -> None:
     assert code == -signal.SIGKILL
     assert sandbox.cgroup.oom_kills() == 1
     peak_bytes = sandbox.cgroup.peak_memory_bytes()
-    assert peak_bytes is not None and 24 << 20 < peak_bytes <= 32 << 20
+    # The kernel goes over a limit by what it must not fail to get for itself (__GFP_NOFAIL).
+    assert peak_bytes is not None and 24 << 20 < peak_bytes < 36 << 20
 
 
 def test_a_child_that_is_out_of_memory_is_counted(laboratory: Laboratory, runtime: Runtime) -> None:
@@ -255,22 +258,41 @@ def test_no_conmon(laboratory: Laboratory, runtime: Runtime) -> None:
         conmon.create(container, "/bin/true", attempt.fileno(), {"PATH": "/no/such/directory"}, TIMEOUT_S)
 
 
-def test_a_runtime_that_hangs(laboratory: Laboratory, tmp_path: Path) -> None:
-    hanging = tmp_path / "hanging"
-    hanging.write_text(f'#!/bin/sh\ncase "$*" in *create*) echo $$ > {tmp_path}/pid; exec sleep 600;; esac\n')
-    hanging.chmod(0o755)
-    container, _, home = laboratory.prepare(
-        Runtime("runc", str(hanging), "1.1", tmp_path / "runtimes"), ("/bin/true",), {}, bundle.Limits()
-    )
+@pytest.fixture
+def hanging(tmp_path: Path) -> Runtime:
+    program, never = tmp_path / "hanging", tmp_path / "never"
+    os.mkfifo(never)
+    program.write_text(f'#!/bin/sh\ncase "$*" in *create*) read line < {never};; esac\n')
+    program.chmod(0o755)
+    return Runtime("runc", str(program), "1.1", tmp_path / "runtimes")
+
+
+def test_a_runtime_that_hangs(laboratory: Laboratory, hanging: Runtime) -> None:
+    """It dies with its conmon: that nobody is left is what the laboratory looks for."""
+    container, _, home = laboratory.prepare(hanging, ("/bin/true",), {}, bundle.Limits())
     began = time.monotonic()
     with pytest.raises(CreateError, match="within 0.5 s"), open(home / "attempt", "w") as attempt:
         conmon.create(container, "/bin/true", attempt.fileno(), laboratory.environment, 0.5)
     assert time.monotonic() - began < 60
     assert conmon.find(container) is None
-    with contextlib.suppress(ProcessLookupError):  # the runtime has died with conmon, or is about to
-        runtime = open_pidfd(int((tmp_path / "pid").read_text()))
-        wait_for(runtime)
-        os.close(runtime)
+
+
+def test_a_create_whose_time_is_over_at_any_moment_leaves_nobody(laboratory: Laboratory, hanging: Runtime) -> None:
+    """Also before conmon has written down who it is."""
+    for number in range(15):
+        container, _, home = laboratory.prepare(hanging, ("/bin/true",), {}, bundle.Limits())
+        with pytest.raises(CreateError, match="within"), open(home / "attempt", "w") as attempt:
+            conmon.create(container, "/bin/true", attempt.fileno(), laboratory.environment, number / 1000)
+
+
+def test_a_runtime_that_outlives_its_conmon_is_ended_too(laboratory: Laboratory, hanging: Runtime) -> None:
+    """As when conmon was killed before its child had asked to die with it."""
+    container, _, _ = laboratory.prepare(hanging, ("/bin/true",), {}, bundle.Limits())
+    container.conmon_pid_file.write_text(str(1 << 22))
+    create = ["create", "--bundle", str(container.bundle), "--pid-file", str(container.pid_file), container.id]
+    orphan = subprocess.Popen([hanging.program, *hanging.global_flags, *create])
+    conmon.end(container, TIMEOUT_S)
+    assert orphan.wait(TIMEOUT_S) == -signal.SIGKILL
 
 
 # --- its life ---
@@ -413,17 +435,23 @@ def test_found_again(laboratory: Laboratory, runtime: Runtime) -> None:
 # --- conmon's death ---
 
 
+def opened_by(pid: int) -> list[str]:
+    """What a process has open, but for what it closes just now."""
+    found = []
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
+    return found
+
+
 def test_the_attempt_is_held_by_conmon_alone(laboratory: Laboratory, runtime: Runtime) -> None:
     sandbox = laboratory.create(runtime, *shell("ls -l /proc/self/fd; sleep 60"))
     sandbox.start()
     sandbox.lines_so_far(4)
     assert "attempt" not in sandbox.stdout
     with open(sandbox.attempt) as file:
-        holders = [
-            pid for pid in (sandbox.created.conmon_pid, sandbox.created.container_pid)
-            if any(os.readlink(entry) == str(sandbox.attempt) for entry in Path(f"/proc/{pid}/fd").iterdir())
-        ]  # fmt: skip
-        assert holders == [sandbox.created.conmon_pid]
+        pids = (sandbox.created.conmon_pid, sandbox.created.container_pid)
+        assert [pid for pid in pids if str(sandbox.attempt) in opened_by(pid)] == [sandbox.created.conmon_pid]
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody has locked it in this test
 
 
@@ -451,6 +479,9 @@ def test_conmon_is_killed_and_no_line_is_lost(laboratory: Laboratory, runtime: R
 
 def test_pipes_that_cannot_be_held(laboratory: Laboratory, runtime: Runtime) -> None:
     sandbox = laboratory.create(runtime, "/bin/sleep", "60")
+    for thread in threading.enumerate():
+        if thread.name == "expect moves":  # of this create or an earlier one, with a file open
+            thread.join(TIMEOUT_S)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ContainerError, match="cannot be held"):
         conmon.pipe_ends(Created(os.getpid(), sandbox.created.conmon_pid))
