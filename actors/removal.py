@@ -48,6 +48,8 @@ class Removal:
         try:
             os.rename(tree, home / REMOVED / ".".join([task, str(next(self._numbers)), *rest]))
         except FileNotFoundError:
+            if os.path.lexists(tree):
+                raise  # it is the place for it that is missing
             return
         with self._change:
             self._put_aside += 1

@@ -6,6 +6,7 @@ and the directory goes; also after a restart of the daemon, for the directory it
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +134,12 @@ def waits_for_later(home: Path) -> bool:
 
 def unfinished(services: Services) -> list[wire.SyncWorkspace]:
     """Jobs for the workspaces whose last sync failed."""
-    homes = (services.layout.state / "tasks").glob("*/workspace/unsynced")
-    return [
-        wire.SyncWorkspace(
-            AGAIN + mark.parent.parent.name,
-            mark.parent.parent.name,
-            mark.read_text(),
-            str(mark.parent),
-            bounds=bounds(services.settings),
-        )
-        for mark in homes
-    ]
+    found = []
+    for mark in (services.layout.state / "tasks").glob("*/workspace/unsynced"):
+        with contextlib.suppress(FileNotFoundError):  # it is removed just now
+            task, store = mark.parent.parent.name, mark.read_text()
+            found.append(wire.SyncWorkspace(AGAIN + task, task, store, str(mark.parent), bounds=bounds(services.settings)))
+    return found
 
 
 def remove_staging(services: Services, home: Path) -> None:

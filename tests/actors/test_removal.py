@@ -54,6 +54,18 @@ def test_what_is_not_there_is_removed_already(homes: list[Path]) -> None:
     assert removal.finish(60.0)
 
 
+def test_what_cannot_be_put_aside_is_not_taken_for_removed(homes: list[Path]) -> None:
+    removal = Removal(homes)
+    assert removal.finish(10.0)
+    (homes[0] / REMOVED).rmdir()
+    made = tree(homes[0], "t")
+    with pytest.raises(FileNotFoundError):
+        removal.remove(made)
+    (homes[0] / REMOVED).mkdir()
+    removal.remove(made)
+    assert removal.finish(10.0) and left(homes) == [] and not made.exists()
+
+
 def test_a_name_may_come_again_while_the_first_is_being_deleted(homes: list[Path]) -> None:
     removal = Removal(homes)
     for _ in range(50):

@@ -75,9 +75,7 @@ class Daemon:
         try:
             return self._process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
-            for pid in self.processes():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self.kill()
             raise
 
     @property
@@ -190,12 +188,26 @@ class Daemon:
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.02)
 
-    def clear_away(self) -> None:
-        """End and unmount everything, after a failure that left it in no state to do so itself."""
+    def kill(self) -> None:
+        """SIGKILL to every process of its, until there is none: also to those that one has started just before its own end."""
+        deadline = time.monotonic() + PATIENCE_S
         while pids := self.processes():
+            assert time.monotonic() < deadline, [(pid, name_of(pid), state_of(pid)) for pid in pids]
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+    def kill_supervisors(self) -> None:
+        """SIGKILL to keeper and root supervisor, neither of which lives to start another one in the other's place."""
+        keeper, root = self.pid_of("keeper"), self.pid_of("root supervisor")
+        os.kill(keeper, signal.SIGSTOP)
+        for pid in (root, keeper):
+            os.kill(pid, signal.SIGKILL)
+        self.close_client()
+
+    def clear_away(self) -> None:
+        """End and unmount everything, after a failure that left it in no state to do so itself."""
+        self.kill()
         for mount in mounts_below(str(self.state.parent)):
             unmount(mount.target, lazily=True)
 
@@ -299,8 +311,8 @@ def in_place_of(program: str, home: Path, script: str) -> str:
 def running(home: Path, image: str, **settings: str) -> Iterator[Daemon]:
     """A daemon that is stopped at the end, and must leave nothing."""
     daemon = Daemon(home, image, **settings)
-    daemon.start()
     try:
+        daemon.start()
         yield daemon
     finally:
         code = daemon.stop()

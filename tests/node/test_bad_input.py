@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from actors.gateway.client import Client, RequestFailed
 from actors.gateway.messages import ANSWERS, FRAME_BYTES_MAX, Ended, Failed, ListTasks, Ready, Stop, Submit, Wait
 from supervisor.frames import LENGTH, Codec, FrameBuffer
 from tests.actors.image.images import RunningRegistry, digest, member, symlink, tar
-from tests.node.daemon import Daemon, running
+from tests.node.daemon import PATIENCE_S, Daemon, running
 
 # --- images ---
 
@@ -222,7 +223,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield disk
     finally:
-        subprocess.run(["umount", disk], check=True)
+        # What was unmounted lazily, and lay there, may be on its way out still.
+        deadline = time.monotonic() + PATIENCE_S
+        while (done := subprocess.run(["umount", disk], capture_output=True, check=False)).returncode:
+            assert b"busy" in done.stderr and time.monotonic() < deadline, done
+            time.sleep(0.05)
 
 
 def fill(disk: Path) -> Path:

@@ -79,7 +79,7 @@ def test_a_daemon_that_stops_finishes_what_it_shares_but_waits_for_no_bucket_tha
     for home in ("1", "2"):
         (tmp_path / home).mkdir()
     bucket = s3.bucket("stopped", through=proxy.address)
-    proxy.on("archives/", lambda exchange: (time.sleep(2) if exchange.method == "PUT" else None, exchange.forward())[1])
+    proxy.on("archives/", lambda exchange: (time.sleep(1) if exchange.method == "PUT" else None, exchange.forward())[1])
     with running(tmp_path / "1", image, **settings(bucket)) as daemon:
         assert daemon.run("true").exit_code == 0
         until(lambda: any(exchange.method == "PUT" for exchange in proxy.seen("archives/")))
@@ -92,7 +92,7 @@ def test_a_daemon_that_stops_finishes_what_it_shares_but_waits_for_no_bucket_tha
         assert daemon.run("true").exit_code == 0
         until(lambda: any(exchange.method == "PUT" for exchange in proxy.seen("/hanging/.*archives/")))
         stopping = time.monotonic()
-    assert time.monotonic() - stopping < 30
+    assert time.monotonic() - stopping < 60  # and not ten minutes
     assert "archives" not in kinds(s3, bucket)
 
 

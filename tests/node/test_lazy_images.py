@@ -236,7 +236,7 @@ def test_a_cache_that_somebody_emptied_is_filled_again(tmp_path: Path, big: Big)
         for directory in (daemon.state / "images/cache").iterdir():
             if directory.is_dir():
                 for file in directory.iterdir():
-                    file.unlink()
+                    file.unlink(missing_ok=True)
         assert out(daemon, "md5sum /data/9").split()[0] == md5(9)
 
 
@@ -254,14 +254,13 @@ def test_image_mount_gives_a_lazy_root(tmp_path: Path, big: Big) -> None:
 
 @pytest.mark.parametrize("away", ["silent", "refusing"])
 def test_without_the_registry_what_is_here_works_and_the_rest_says_why(tmp_path: Path, big: Big, away: str) -> None:
-    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="3s") as daemon:
+    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="4s") as daemon:
         out(daemon, "cat /data/7 /bin/busybox | wc -c")
         big.proxy.on("", silent() if away == "silent" else status(503))
         assert out(daemon, "md5sum /data/7").split()[0] == md5(7)
-        begun = time.monotonic()
         task = daemon.submit("cat /data/90")
-        shown = json.loads(daemon.command("result", "--json", "--wait", "30s", task).stdout)
-        assert time.monotonic() - begun < 25  # and not the 30 s that reads have otherwise
+        shown = json.loads(daemon.command("result", "--json", "--wait", "50s", task).stdout)
+        assert shown["duration_s"] < 25  # and not the 30 s that reads have otherwise
         assert (shown["state"], shown["exit_code"]) == ("stopped", 1)
         assert b"Input/output error" in daemon.logs(task)[1]
         assert "a read failed" in shown["error"] and big.reference.split("/")[0] in shown["error"], shown["error"]
@@ -276,7 +275,7 @@ def test_without_the_registry_what_is_here_works_and_the_rest_says_why(tmp_path:
 
 
 def test_a_command_that_cannot_be_fetched_says_why(tmp_path: Path, big: Big) -> None:
-    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="2s") as daemon:
+    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="4s") as daemon:
         out(daemon, "true")
         big.proxy.on(BLOBS, status(503))
         result = daemon.run(["/data/5"])
@@ -285,7 +284,7 @@ def test_a_command_that_cannot_be_fetched_says_why(tmp_path: Path, big: Big) -> 
 
 
 def test_a_task_that_waits_for_a_silent_registry_is_stopped_at_once(tmp_path: Path, big: Big) -> None:
-    with cold(tmp_path, big) as daemon:
+    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="10m") as daemon:
         out(daemon, "true")
         big.proxy.on("", silent())
         reading, executing = daemon.submit("cat /data/50"), daemon.submit(["/data/51"])
@@ -295,17 +294,17 @@ def test_a_task_that_waits_for_a_silent_registry_is_stopped_at_once(tmp_path: Pa
         for task in (reading, executing):
             daemon.client.ask(Stop(daemon.client.number(), task, force=True), timeout_s=60)
         assert {daemon.result(task).reason for task in (reading, executing)} <= {"cancelled", None}
-        assert time.monotonic() - begun < 25  # the reads have 30 s
+        assert time.monotonic() - begun < 60  # the reads have ten minutes
 
 
 def test_a_daemon_that_stops_waits_for_no_registry(tmp_path: Path, big: Big) -> None:
-    with cold(tmp_path, big, AERIE_DAEMON_DRAIN_TIMEOUT="1s") as daemon:
+    with cold(tmp_path, big, AERIE_DAEMON_DRAIN_TIMEOUT="1s", AERIE_MOUNT_READ_TIMEOUT="10m") as daemon:
         out(daemon, "true")
         big.proxy.on("", silent())
         daemon.wait_running(daemon.submit("cat /data/50"))
         wait_for(lambda: queued(lazy_layer(daemon).minor) >= 1)
         begun = time.monotonic()
-    assert time.monotonic() - begun < 25  # the read has 30 s
+    assert time.monotonic() - begun < 60  # the read has ten minutes
 
 
 def test_an_image_is_mounted_and_unmounted_again_and_again(tmp_path: Path, big: Big) -> None:
@@ -323,7 +322,7 @@ def test_an_image_is_mounted_and_unmounted_again_and_again(tmp_path: Path, big: 
             assert daemon.logs(task)[0].split()[0].decode() == md5(number)
         wait_without(daemon, f"image mount {big.reference}")
         daemon.wait_released()
-        assert not mounts_below(str(daemon.run_dir / "images"))
+        wait_for(lambda: not mounts_below(str(daemon.run_dir / "images")))
 
 
 def held(daemon: Daemon) -> list[int]:
@@ -341,7 +340,8 @@ def test_an_image_is_fetched_from_where_it_was_named_last(tmp_path: Path, big: B
         daemon.wait_running(task)
         os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
         daemon.close_client()
-        os.kill(daemon.wait_pid(f"image mount {elsewhere}"), signal.SIGKILL)  # the next one knows it, too
+        with suppress(ProcessLookupError):  # it was replaced meanwhile
+            os.kill(daemon.wait_pid(f"image mount {elsewhere}"), signal.SIGKILL)  # the next one knows it, too
         (daemon.run_dir / "tasks" / task / "root/go").touch()
         assert daemon.result(task).exit_code == 0
         assert daemon.logs(task)[0].split()[0].decode() == md5(2)
@@ -400,10 +400,8 @@ def test_what_is_read_after_keeper_and_root_supervisor_were_killed_is_kept(tmp_p
     with cold(tmp_path, big) as daemon:
         task = daemon.submit("until [ -e /go ]; do sleep 0.1; done; md5sum /data/12")
         daemon.wait_running(task)
-        server = daemon.pid_of(f"image mount {big.reference}")
-        for pid in (daemon.tree()["pid"], daemon.pid_of("root supervisor")):
-            os.kill(pid, signal.SIGKILL)
-        daemon.close_client()
+        server = daemon.wait_pid(f"image mount {big.reference}")
+        daemon.kill_supervisors()
         daemon.start()
         daemon.wait_pid(f"image mount {big.reference}", other_than=server)
         (daemon.run_dir / "tasks" / task / "root/go").touch()
@@ -426,7 +424,8 @@ def test_take_over_under_a_task_that_reads_cold_content(tmp_path: Path, big: Big
         result = daemon.result(task)
         assert (result.exit_code, result.error) == (0, None)
         assert [line.split()[0] for line in daemon.logs(task)[0].decode().splitlines()] == [md5(number) for number in range(10)]
-        assert daemon.pid_of(f"image mount {big.reference}") == pid  # it was adopted, and not replaced
+        # It was adopted, and not replaced, unless it had no processor for too long: then it was told to say where it hangs (SIGABRT).
+        assert daemon.wait_pid(f"image mount {big.reference}") == pid or "killed by signal 6" in daemon.log.read_text()
 
 
 def test_a_task_keeps_its_image_when_the_daemon_is_killed_and_forgets_who_leased(tmp_path: Path, big: Big) -> None:
@@ -478,7 +477,7 @@ def read_at(places: Sequence[tuple[str, int]]) -> None:
 def test_a_thousand_large_reads_at_once_take_little_memory(tmp_path: Path, big: Big) -> None:
     large = b"".join(content(1000 + number) for number in range(LARGE_MIB))
     step = (LARGE_MIB - 1) * MIB // READS // 4096 * 4096
-    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="1m") as daemon:
+    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="5m") as daemon:
         daemon.wait_running(daemon.submit("sleep 1000", task="sleeper"))
         pid, minor, path = daemon.pid_of(f"image mount {big.reference}"), lazy_layer(daemon).minor, object_path(daemon, large)
         big.proxy.on(BLOBS, silent())  # until all of them wait
@@ -500,7 +499,7 @@ def test_a_thousand_large_reads_at_once_take_little_memory(tmp_path: Path, big: 
 
 def test_stuck_reads_delay_nobody_whose_data_is_ready(tmp_path: Path, big: Big) -> None:
     large = b"".join(content(1000 + number) for number in range(LARGE_MIB))
-    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="1m") as daemon:
+    with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="5m") as daemon:
         daemon.wait_running(daemon.submit("cat /data/7 > /dev/null; sleep 1000", task="sleeper"))
         ready, minor = object_path(daemon, content(7)), lazy_layer(daemon).minor
         in_child(lambda: read_at([(ready, 0)]))
@@ -516,7 +515,7 @@ def test_stuck_reads_delay_nobody_whose_data_is_ready(tmp_path: Path, big: Big) 
                 read_at([(ready, 0)])
                 return time.monotonic() - begun
 
-            assert any(statistics.median(in_child(lambda: [timed() for _ in range(9)])) < READY_S for _ in range(10))
+            assert any(statistics.median(in_child(lambda: [timed() for _ in range(9)])) < READY_S for _ in range(30))
         finally:
             os.kill(readers, signal.SIGKILL)
             big.proxy.behave()

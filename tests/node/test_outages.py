@@ -17,11 +17,11 @@ from tests.actors.image.images import RunningRegistry, member, tar
 from tests.actors.image.proxy import Proxy, silent
 from tests.actors.image.s3 import CREDENTIALS, RunningS3
 from tests.node.conftest import busybox_layer
-from tests.node.daemon import Daemon, running, state_of
+from tests.node.daemon import PATIENCE_S, Daemon, running, state_of
 
 NOISE = random.Random(7).randbytes(4 << 20)
 SUM = hashlib.md5(NOISE).hexdigest()
-LATE_S = 9.0  # to start a task whose registry does not answer: 3 s, on a machine with too much to do
+LATE_S = 25.0  # to start a task whose registry does not answer: 3 s, on a machine with too much to do; its patience would be 65
 
 
 class Away:
@@ -123,7 +123,7 @@ def test_a_read_that_cannot_be_answered_ends_in_time_and_says_why(tmp_path: Path
         repository = registry.repository("outage")
         repository.push(busybox_layer(), tar(member("noise", NOISE)), tag="1", process={"Env": ["PATH=/bin"]})
         image = repository.reference("1")
-        settings = {"AERIE_IMAGE_ARCHIVE_DIR": str(archives), "AERIE_MOUNT_READ_TIMEOUT": "2s"}
+        settings = {"AERIE_IMAGE_ARCHIVE_DIR": str(archives), "AERIE_MOUNT_READ_TIMEOUT": "4s"}
         with running(_made(tmp_path / "1"), image, **settings) as daemon:
             assert out(daemon, "md5sum /noise") == SUM
         with running(_made(tmp_path / "2"), image, **settings) as daemon:
@@ -136,7 +136,10 @@ def test_a_read_that_cannot_be_answered_ends_in_time_and_says_why(tmp_path: Path
             assert time.monotonic() - begun < 40, (result, daemon.logs(task), daemon.log.read_text()[-2000:])
             assert result.exit_code == 1 and b"Input/output error" in daemon.logs(task)[1]
             assert result.error and "a read failed" in result.error and registry.address in result.error
-            assert not [pid for pid in daemon.processes() if state_of(pid) == "D"]
+            # Nobody waits in the kernel for it; whoever waits for a disk does so for a moment.
+            deadline = time.monotonic() + PATIENCE_S
+            while stuck := [pid for pid in daemon.processes() if state_of(pid) == "D"]:
+                assert time.monotonic() < deadline, stuck
     finally:
         registry.stop()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -9,15 +10,16 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from actors.image.archives.archive import Archive
 from actors.image.archives.trace import load, workload_of, workloads
 from tests.actors.image.images import RunningRegistry, directory, member, tar
-from tests.actors.image.proxy import Proxy
+from tests.actors.image.proxy import Proxy, throttle
 from tests.actors.image.s3 import CREDENTIALS, RunningS3
 from tests.node.conftest import busybox_layer
 from tests.node.daemon import PATIENCE_S, Daemon, running
@@ -158,11 +160,14 @@ def output(daemon: Daemon, task: str = "") -> bytes:
 EXPECTED = hashlib.md5(LARGE[80 << 16 : 81 << 16]).hexdigest().encode()
 
 
+LATE_MAX = 12  # daemons in a row on a machine that lets a pack wait for too long
+
+
 def spared(tmp_path: Path, built: tuple[str, Path], proxy: Proxy, name: str) -> None:
     """A task on a new daemon gets all from its pack; but where the machine lets that wait for half a second, it is fetched."""
     moved: list[int] = []
     while not moved or moved[-1]:
-        assert len(moved) < 3, moved
+        assert len(moved) < LATE_MAX, moved
         with cold(tmp_path, built, proxy, f"{name}{len(moved)}") as daemon:
             assert output(daemon) == EXPECTED
             moved.append(proxy.body_bytes("/blobs/"))
@@ -196,6 +201,20 @@ def test_a_bad_pack_costs_a_warning_and_no_task(tmp_path: Path, built: tuple[str
         until(lambda: "a pack is of no use" in daemon.log.read_text())
 
 
+def opened(pack: Path) -> BinaryIO:
+    """The writing end of a FIFO, as soon as somebody reads there."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            descriptor = os.open(pack, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENXIO and time.monotonic() < deadline
+            time.sleep(0.005)
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "wb", buffering=0)
+
+
 def test_a_pack_that_stands_still_is_not_waited_for(
     tmp_path: Path, built: tuple[str, Path], packed: Path, proxy: Proxy
 ) -> None:
@@ -206,10 +225,10 @@ def test_a_pack_that_stands_still_is_not_waited_for(
     os.mkfifo(pack)
     with cold(tmp_path, built, proxy) as daemon:
         task = daemon.submit(READS)
-        with open(pack, "wb", buffering=0) as pipe:
+        with opened(pack) as pipe:
             pipe.write(whole[:5000])  # the head, and little more
             assert output(daemon, task) == EXPECTED
-            [prefetcher] = processes_of(daemon, "image prefetcher")
+            [prefetcher] = processes_of(daemon, "image prefetcher")  # it waits for the rest
             os.kill(prefetcher, signal.SIGSTOP)  # which is found by its silence
             until(lambda: not processes_of(daemon, "image prefetcher"))
         pack.unlink()
@@ -226,11 +245,12 @@ def test_a_server_that_is_killed_in_mid_stream_costs_nothing(
     os.mkfifo(pack)
     with cold(tmp_path, built, proxy) as daemon:
         task = daemon.submit(READS)
-        with open(pack, "wb", buffering=0) as pipe:
+        with opened(pack) as pipe:
             for at in range(0, len(whole), 1 + len(whole) // 12):
                 pipe.write(whole[at : at + 1 + len(whole) // 12])
                 for server in processes_of(daemon, "image mount"):
-                    os.kill(server, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it was replaced meanwhile
+                        os.kill(server, signal.SIGKILL)
                 time.sleep(0.05)
         assert output(daemon, task) == EXPECTED
         pack.unlink()
@@ -243,7 +263,8 @@ def test_a_maker_that_is_killed_is_followed_by_another_while_the_image_stays_mou
         assert daemon.run(READS).exit_code == 0
         until(lambda: processes_of(daemon, "image prefetcher") or packs(tmp_path / "archives"))
         for maker in processes_of(daemon, "image prefetcher"):
-            os.kill(maker, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has made it
+                os.kill(maker, signal.SIGKILL)
         until(lambda: packs(tmp_path / "archives"))
     spared(tmp_path, built, proxy, "two")
     assert not list((tmp_path / "archives").glob(".*"))
@@ -263,25 +284,27 @@ def test_packs_travel_through_the_bucket(
         with running(tmp_path / "one", built[0], **places) as daemon:  # builds, and has all that it traces
             assert output(daemon) == EXPECTED
             until(lambda: sorted(key.split("/")[1] for key in s3.keys(bucket)) == ["archives", "packs"])
-        moved: list[int] = []
-        while not moved or moved[-1]:
-            assert len(moved) < 3, moved  # see `spared`
-            home = tmp_path / f"two{len(moved)}"
+        late: list[tuple[int, int, bool]] = []
+        while not late or any(late[-1]):
+            assert len(late) < LATE_MAX, late  # see `spared`; nor is the bucket waited for longer than a second
+            home = tmp_path / f"two{len(late)}"
             home.mkdir()
             with running(home, built[0], **places) as daemon:
                 proxy.forget()
                 assert output(daemon) == EXPECTED
-                moved.append(proxy.body_bytes("/blobs/"))
-                assert not list((home / "state/images/archives").glob("*.trace"))
+                moved = proxy.body_bytes("/blobs/")
+                traces = list((home / "state/images/archives").glob("*.trace"))
             # Nor is the program read ahead of its task, of which the pack has all that is wanted.
-            assert "programs of" not in daemon.command("events", "--json").stdout.decode()
+            read_ahead = "programs of" in daemon.command("events", "--json", "-n", "10000").stdout.decode()
+            late.append((moved, len(traces), read_ahead))
         [key] = [key for key in s3.keys(bucket) if "/packs/" in key]
         good = s3.read(bucket, key)
-        s3.write(bucket, key, good[: len(good) // 2])
+        bad = good[: len(good) // 2]
+        s3.write(bucket, key, bad)
         with running(tmp_path / "three", built[0], **places) as daemon:
             assert output(daemon) == EXPECTED
             until(lambda: "it is removed" in daemon.log.read_text())
-            assert key not in s3.keys(bucket)
+            assert key not in s3.keys(bucket) or s3.read(bucket, key) != bad  # there may be another one already
     finally:
         s3.stop()
 
@@ -298,8 +321,10 @@ def content_is_here(daemon: Daemon, archives: Path) -> bool:
 
 def test_with_full_all_of_the_image_comes_in_the_end(tmp_path: Path, built: tuple[str, Path], proxy: Proxy) -> None:
     with cold(tmp_path, built, proxy, AERIE_IMAGE_PREFETCH="full") as daemon:
+        proxy.on("/blobs/", throttle(2 * MIB))  # or all of it could be here before we have looked
         assert output(daemon) == EXPECTED
         assert proxy.body_bytes("/blobs/") < len(LARGE)
+        proxy.behave()
         until(lambda: content_is_here(daemon, tmp_path / "archives"))
 
 

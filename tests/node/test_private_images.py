@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from actors.image.registry.login import Login
+from actors.lazytree.mounts import Mount, mounts_below
 from tests.actors.image.images import RunningRegistry
 from tests.actors.image.proxy import Proxy, TokenGate
 from tests.node.conftest import busybox_layer
@@ -96,11 +97,15 @@ def test_dockers_credentials_are_renewed_while_an_image_is_mounted(
         gate.passwords = {"me": "old"}
         with running(homes[1], private, **shared) as daemon:
             assert daemon.run("true").exit_code == 0
-            server = daemon.pid_of(f"image mount {proxy.address}/busybox:1")
+            [lazy] = lazy_mounts(daemon)
             gate.passwords = {"me": "new"}
             gate.revoke()
             docker_config("new")
             result = daemon.run("md5sum /etc/data")
             assert result.exit_code == 0, result
             assert hashlib.md5(bytes(range(256)) * 4000).hexdigest().encode() in daemon.logs(result.task)[0]
-            assert daemon.pid_of(f"image mount {proxy.address}/busybox:1") == server
+            assert lazy_mounts(daemon) == [lazy]
+
+
+def lazy_mounts(daemon: Daemon) -> list[Mount]:
+    return [mount for mount in mounts_below(str(daemon.run_dir / "images")) if mount.kind == "fuse"]

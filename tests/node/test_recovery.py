@@ -19,7 +19,7 @@ import pytest
 
 from actors.lazytree import mounts
 from supervisor.keeper import EXIT_FAILED
-from tests.node.daemon import PROGRAM, Daemon, in_place_of, name_of, running
+from tests.node.daemon import PATIENCE_S, PROGRAM, Daemon, in_place_of, name_of, running
 from tests.node.test_tasks import stop, wait_for_output
 
 WAIT = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done"
@@ -48,8 +48,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 def start_again(daemon: Daemon, meanwhile: Callable[[], object] = lambda: None) -> str:
     """Kill keeper and root supervisor, do something, start the daemon again → its account."""
-    for pid in (daemon.pid_of("keeper"), daemon.pid_of("root supervisor")):
-        os.kill(pid, signal.SIGKILL)
+    daemon.kill_supervisors()
     eventually(daemon.root_is_gone)
     meanwhile()
     accounts = daemon.log.read_text().count("recovered in")
@@ -59,7 +58,9 @@ def start_again(daemon: Daemon, meanwhile: Callable[[], object] = lambda: None) 
 
 
 def in_the_store(daemon: Daemon, sql: str, *values: object) -> None:
-    with closing(sqlite3.connect(daemon.state / "aerie.db")) as database:
+    with closing(
+        sqlite3.connect(daemon.state / "aerie.db", timeout=PATIENCE_S)
+    ) as database:  # the daemon may be at a slow write
         database.execute(sql, values)
         database.commit()
 
@@ -72,6 +73,7 @@ def ready(daemon: Daemon, **changes: object) -> str:
 
 
 def test_the_first_start_finds_nothing(own: Daemon) -> None:
+    eventually(lambda: "recovered in" in own.log.read_text())  # tasks are taken before that is said
     assert account(own) == "tasks: 0 adopted, 0 finished, 0 begun anew, 0 lost, 0 queued; cleaned away: nothing"
 
 
@@ -212,7 +214,7 @@ def test_a_creation_that_goes_on_behind_a_dead_daemons_back_leaves_nothing(tmp_p
         assert daemon.result(task).exit_code == 7 and daemon.logs(task)[0] == b"ran\n"
         daemon.wait_released()
         assert not set(first) & set(conmons(daemon, task)) and daemon.leavings() == []
-        assert "1 begun anew" in account(daemon)
+        eventually(lambda: "1 begun anew" in account(daemon))
 
 
 def conmons(daemon: Daemon, task: str) -> list[int]:
