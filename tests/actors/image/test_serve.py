@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from actors.image.serve import serve
 from actors.image.wire import Completed, LoginFound, LoginWanted, ServeImage, Taken
 from actors.lazytree import mounts
 from actors.lazytree.objects import Objects
+from actors.lazytree.server import AGAIN_S
 from actors.lazytree.wire import Progress, ReadFailed, Ready
 from supervisor.channel import Channel, ChannelTimeout
 from supervisor.frames import Codec, Message
@@ -33,6 +34,9 @@ from tests.actors.image.images import Repository, RunningRegistry, member, tar
 from tests.actors.image.lazy.image import Image, damaged
 from tests.actors.image.proxy import Proxy, TokenGate, silent, status, throttle
 from tests.actors.lazytree.harness import fork, fork_server, in_child, private_bytes
+from tests.actors.lazytree.test_bounds import queued, wait_for
+
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 MIB = 1 << 20
 SAYS = Codec(Ready, Progress, ReadFailed, Completed, LoginWanted)
@@ -78,7 +82,9 @@ class Mount:
         self.serve()
         mounts.tune_fuse(self._connection.minor)
 
-    def serve(self) -> None:
+    def serve(self, **fields: Any) -> None:
+        """`fields` of its order, from now on."""
+        self._order = msgspec.structs.replace(self._order, **fields)
         order = msgspec.structs.replace(self._order, replacement=bool(self.pid))
         descriptors = [self._fuse, self.image.spool]
         if self._isolation:
@@ -112,13 +118,18 @@ class Mount:
             wanted = wanted - set(taken := self.image.publish(*message.rows))
             self.channel.send(Taken(taken))
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        signal.pidfd_send_signal(self._pidfd, number)
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):  # it has ended, for its mount is gone, and was reaped
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         assert select.select([self._pidfd], [], [], 60)[0]
         if not self._isolation:  # else the fork server's to reap
             os.waitpid(self.pid, 0)
         os.close(self._pidfd)
         self.channel.close()
+
+    def idle(self) -> None:
+        """Wait until the kernel waits for nothing more, be it read ahead."""
+        wait_for(lambda: queued(self._connection.minor) == 0)
 
     def file(self, content: bytes) -> Path:
         return self.path / Objects.path(self.image.table.row(self.image.find(len(content))).key)
@@ -137,7 +148,7 @@ class Mount:
                         return False
             return True
 
-        assert in_child(read, 30.0)
+        assert in_child(read, 100.0)
 
     def close(self) -> None:
         mounts.abort_fuse(self._connection.minor)
@@ -177,6 +188,8 @@ def isolation(tmp_path: Path) -> Iterator[Isolation]:
 def mount(tmp_path: Path, built: Image, proxy: Proxy) -> Iterator[Callable[..., Mount]]:
     """Makes mounts of the image, none of whose content is here."""
     proxy.behave()
+    proxy.hang_up()
+    proxy.settle()
     proxy.forget()
     with ExitStack() as stack:
 
@@ -233,15 +246,19 @@ def test_what_nobody_takes_is_said_again(mount: Callable[..., Mount], monkeypatc
     assert mounted.next(Completed) == first
     assert isinstance(first, Completed)
     mounted.channel.send(Taken(first.rows))
+    deadline = time.monotonic() + 60
     with pytest.raises(ChannelTimeout):
-        mounted.next(Completed, 1.0)
+        while time.monotonic() < deadline:  # what it had said before it heard of that
+            mounted.next(Completed, 1.0)
 
 
 def test_a_replacement_goes_on_with_the_spool_of_the_one_before(mount: Callable[..., Mount], proxy: Proxy) -> None:
     mounted = mount()
     mounted.read(BIG, 3 * MIB, 2 * MIB)
     mounted.read(FILES["small"])
+    mounted.idle()
     mounted.kill()
+    proxy.settle()
     proxy.forget()
     mounted.serve()
     assert in_child(lambda: os.system("echo 1 > /proc/sys/vm/drop_caches")) == 0
@@ -292,19 +309,22 @@ def test_damaged_content_is_eio_with_the_reason_and_never_bytes(mount: Callable[
                 errors += len(data) < MIB
         return errors
 
-    assert in_child(read, 30.0)
+    assert in_child(read, 100.0)
     failed = mounted.next(ReadFailed)
     assert isinstance(failed, ReadFailed)
     assert "is damaged" in failed.reason
     proxy.behave()
+    time.sleep(1.1 * AGAIN_S)  # for so long what took long to fail is not tried again
     mounted.read(content)
 
 
 def test_a_registry_that_is_away_is_eio_within_the_time_and_what_is_here_is_read(
     mount: Callable[..., Mount], proxy: Proxy
 ) -> None:
-    mounted = mount(read_timeout_s=1.0)
+    mounted = mount()
     mounted.read(FILES["small"])
+    mounted.kill()
+    mounted.serve(read_timeout_s=1.0)
     proxy.on("/blobs/", silent())
     path = mounted.file(FILES["other"])
     begin = time.monotonic()
@@ -319,7 +339,7 @@ def test_a_registry_that_is_away_is_eio_within_the_time_and_what_is_here_is_read
 
 
 def test_a_thousand_reads_at_once_take_little_memory(mount: Callable[..., Mount], isolation: Isolation) -> None:
-    mounted = mount(isolation=isolation)
+    mounted = mount(isolation=isolation, read_timeout_s=300.0)
     path = mounted.file(BIG)
     most = 0
 

@@ -32,6 +32,7 @@ from actors.mount.wire import ReadWhole
 from supervisor.channel import Channel
 from supervisor.frames import Codec, Message
 from supervisor.isolation import Isolation
+from supervisor.sockets import connect_to
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -106,6 +107,8 @@ def fork_server(home: Path, *preload: str) -> Iterator[Isolation]:
     program = f"from pathlib import Path; from supervisor.forkserver import main; main({place}, {preload!r})"
     with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[3]) as process:
         try:
+            if (connection := connect_to(home / "socket", socket.SOCK_SEQPACKET, 60.0)) is not None:
+                connection.close()  # it is there, and whoever asks it for something has all of its patience for that
             yield Isolation(str(home / "socket"))
         finally:
             process.kill()

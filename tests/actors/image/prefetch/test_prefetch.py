@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from actors.image.archives import trace
 from actors.image.archives.archive import save_beside
@@ -22,6 +23,7 @@ from actors.image.archives.trace import BLOCK_BYTES, Block, Trace
 from actors.image.layers.content import CHUNK_BYTES
 from actors.image.lazy.coming import STALL_S, Announced, Coming, end_announcement
 from actors.image.lazy.flights import WAITING_BYTES, WAITING_MIN
+from actors.image.lazy.source import RegistrySource
 from actors.image.lazy.spool import Spool
 from actors.image.prefetch import process as prefetch
 from actors.image.prefetch.process import Content
@@ -30,7 +32,7 @@ from supervisor.channel import Channel, ChannelClosed
 from supervisor.frames import Codec, Message
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
 from tests.actors.image.layers.tables import Tabled, estargz, images, zstd_chunked
-from tests.actors.image.lazy.image import Image, read, running
+from tests.actors.image.lazy.image import Image, landed, read, running, until
 from tests.actors.image.proxy import Proxy
 from tests.actors.lazytree.harness import fork
 
@@ -39,8 +41,10 @@ SAYS = Codec(PackMade, Streaming, PackComing, PackAbsent, PackThrough, Completed
 SIZES = [3 * CHUNK_BYTES + 100, 70_000, 900, 2 * CHUNK_BYTES, CHUNK_BYTES]
 CONTENT = {size: random.Random(size).randbytes(size) for size in SIZES}
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture
 def proxy(registry: RunningRegistry) -> Iterator[Proxy]:
     with Proxy(registry.address) as started:
         yield started
@@ -55,10 +59,8 @@ def pushed(registry: RunningRegistry) -> Repository:
 
 @pytest.fixture
 def image(tmp_path: Path, pushed: Repository, proxy: Proxy) -> Iterator[Image]:
-    opened = Image(tmp_path, pushed, proxy)
-    proxy.forget()
-    yield opened
-    opened.close()
+    with closing(Image(tmp_path, pushed, proxy)) as opened:
+        yield opened
 
 
 def told(entry: str, order: Message, image: Image, spool: bool = True) -> list[Message]:
@@ -177,7 +179,12 @@ def test_of_a_layer_with_a_table_the_chunks_are_those_of_the_table(
         index = image.find(len(content))
         source = image.source()
         wanted = [BLOCK_BYTES, 4 * BLOCK_BYTES - 10]
-        running(source, partial(read, image, source, index, *wanted))
+
+        async def reads() -> None:
+            await read(image, source, index, *wanted)
+            await landed(source)
+
+        running(source, reads)
         blocks = [Block(index, number) for number in range(1, 5)]
         trace.save(image.archive_directory, image.archive.info.digest, WORKLOAD, Trace(blocks))
         made = make(image)
@@ -263,7 +270,7 @@ def test_a_pack_of_what_is_here_is_not_read(image: Image) -> None:
     assert stream(image) == [PackAbsent()]
 
 
-# What comes, as the server sees it
+# What comes, as the server sees it: by a clock that stands still, but where it is put on, for this machine may stand still, too
 
 
 @pytest.fixture
@@ -272,7 +279,22 @@ def coming(image: Image) -> Iterator[Coming]:
         yield made
 
 
-def test_a_read_waits_for_what_is_announced_and_fetches_nothing(image: Image, coming: Coming) -> None:
+@pytest.fixture
+def clock() -> trio.testing.MockClock:
+    return trio.testing.MockClock()
+
+
+async def waiting(coming: Coming, source: RegistrySource, readers: int) -> trio.Event:
+    """Wait until so many reads wait for what comes → what ends that."""
+    await until(lambda: source._flights.readers.borrowed_tokens == readers and coming._changed is not None)
+    await trio.testing.wait_all_tasks_blocked()
+    assert coming._changed is not None
+    return coming._changed
+
+
+def test_a_read_waits_for_what_is_announced_and_fetches_nothing(
+    image: Image, coming: Coming, clock: trio.testing.MockClock
+) -> None:
     wanted = chunks(image, (900, 0), (SIZES[0], 1), (70_000, 0))
     kept = Spool(image.spool, image.spans)
     announced = Announced(image.spool, kept.end)
@@ -289,18 +311,24 @@ def test_a_read_waits_for_what_is_announced_and_fetches_nothing(image: Image, co
             nursery.start_soon(one)
             nursery.start_soon(one)
             for _ in range(2):  # longer than it may take without any progress
-                await trio.sleep(0.7 * STALL_S)
-                assert not got
+                over = await waiting(coming, source, 2)
+                clock.jump(0.7 * STALL_S)
+                await trio.testing.wait_all_tasks_blocked()
+                assert not got and not over.is_set()
                 with content_here(image) as content:
                     content.keep(wanted[1], content_of(image, wanted[1]))
                 announced.through()
+                await until(over.is_set)
+            await until(lambda: len(got) == 2)
         assert got == [CONTENT[SIZES[0]][CHUNK_BYTES : CHUNK_BYTES + 5000]] * 2
 
-    running(source, reads)
+    running(source, reads, clock=clock)
     assert image.moved_bytes() == 0
 
 
-def test_what_came_after_a_read_had_looked_is_looked_for_once_more(image: Image, coming: Coming) -> None:
+def test_what_came_after_a_read_had_looked_is_looked_for_once_more(
+    image: Image, coming: Coming, clock: trio.testing.MockClock
+) -> None:
     """And not fetched: here it comes while the read waits for its turn to wait."""
     wanted = chunks(image, (900, 0), (70_000, 0))
     announced = Announced(image.spool, Spool(image.spool, image.spans).end)
@@ -308,43 +336,51 @@ def test_what_came_after_a_read_had_looked_is_looked_for_once_more(image: Image,
     source = image.source(coming=coming, spool_bytes_max=WAITING_MIN * WAITING_BYTES)
 
     async def reads() -> None:
+        got: list[int] = []
+
         async def one(size: int) -> None:
             assert await read(image, source, image.find(size)) == CONTENT[size]
+            got.append(size)
 
         async with trio.open_nursery() as nursery:
-            for size in [*[70_000] * WAITING_MIN, 900]:
-                nursery.start_soon(one, size)
-                await trio.sleep(0.3 * STALL_S / WAITING_MIN)
+            for _ in range(WAITING_MIN):
+                nursery.start_soon(one, 70_000)
+            await waiting(coming, source, WAITING_MIN)
+            nursery.start_soon(one, 900)
+            await until(lambda: source._flights.readers.statistics().tasks_waiting == 1)
             for chunk in wanted:
                 with content_here(image) as content:
                     content.keep(chunk, content_of(image, chunk))
                 announced.through()
+            await until(lambda: len(got) == WAITING_MIN + 1)
 
-    running(source, reads)
+    running(source, reads, clock=clock)
     assert image.moved_bytes() == 0
 
 
 @pytest.mark.parametrize("how", ["hangs", "ended", "did not bring it", "brought it wrong"])
-def test_what_does_not_come_is_fetched(image: Image, coming: Coming, how: str) -> None:
+def test_what_does_not_come_is_fetched(image: Image, coming: Coming, clock: trio.testing.MockClock, how: str) -> None:
+    """At once, when it is known that it does not come."""
     wanted = chunks(image, (900, 0), (SIZES[0], 1))
     kept = Spool(image.spool, image.spans)
     announced = Announced(image.spool, kept.end)
     announced.begin(wanted)
     source = image.source(coming=coming)
 
-    async def reads() -> float:
-        begun = trio.current_time()
+    async def reads() -> None:
+        got: list[bytes] = []
+
+        async def one(*place: int) -> None:
+            got.append(await read(image, source, *place))
+
         async with trio.open_nursery() as nursery:
-
-            async def one() -> None:
-                data = await read(image, source, image.find(SIZES[0]), CHUNK_BYTES, 5000)
-                assert data == CONTENT[SIZES[0]][CHUNK_BYTES : CHUNK_BYTES + 5000]
-
-            nursery.start_soon(one)
-            await trio.sleep(0.05)
-            if how == "ended":
+            nursery.start_soon(one, image.find(SIZES[0]), CHUNK_BYTES, 5000)
+            await waiting(coming, source, 1)
+            if how == "hangs":
+                clock.jump(STALL_S)
+            elif how == "ended":
                 end_announcement(image.spool, kept.end)
-            elif how != "hangs":
+            else:
                 if how == "brought it wrong":
                     kept.write(
                         kept.place(prefetch.decode_content(image.table.row(wanted[1].row))) + CHUNK_BYTES,
@@ -352,18 +388,17 @@ def test_what_does_not_come_is_fetched(image: Image, coming: Coming, how: str) -
                     )
                 announced.through()
                 announced.through()
-        took_s = trio.current_time() - begun
-        if how == "hangs":  # and the next one does not wait for the same again
-            begun = trio.current_time()
-            await read(image, source, image.find(900))
-            assert trio.current_time() - begun < STALL_S
-        return took_s
+            await until(lambda: got)
+            if how == "hangs":  # and the next one does not wait for the same again
+                nursery.start_soon(one, image.find(900))
+                await until(lambda: len(got) == 2)
+        assert got[0] == CONTENT[SIZES[0]][CHUNK_BYTES : CHUNK_BYTES + 5000]
 
-    assert running(source, reads) < (2 * STALL_S if how == "hangs" else STALL_S)
+    running(source, reads, clock=clock)
     assert image.moved_bytes() > 0
 
 
-def test_a_server_that_comes_later_knows_what_is_announced(image: Image) -> None:
+def test_a_server_that_comes_later_knows_what_is_announced(image: Image, clock: trio.testing.MockClock) -> None:
     wanted = chunks(image, (900, 0), (SIZES[0], 1))
     kept = Spool(image.spool, image.spans)
     announced = Announced(image.spool, kept.end)
@@ -371,16 +406,21 @@ def test_a_server_that_comes_later_knows_what_is_announced(image: Image) -> None
     announced.through()
 
     async def ask() -> list[bool]:
-        async def bring() -> None:
-            await trio.sleep(0.05)
-            announced.through()
+        come: list[bool] = []
+
+        async def arrivals(coming: Coming) -> None:
+            for chunk in (wanted[0], wanted[1], wanted[1]):
+                come.append(await coming.arrival(*chunk))
 
         with closing(Coming(image.spool, kept.end)) as coming:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(bring)
-                return [await coming.arrival(*wanted[0]), await coming.arrival(*wanted[1]), await coming.arrival(*wanted[1])]
+                nursery.start_soon(arrivals, coming)
+                await until(lambda: coming._changed is not None)
+                announced.through()
+                await until(lambda: len(come) == 3)
+        return come
 
-    assert trio.run(ask) == [True, True, True]
+    assert trio.run(ask, clock=clock) == [True, True, True]
 
 
 def test_a_prefetcher_that_is_killed_leaves_what_can_be_used(image: Image, coming: Coming) -> None:
