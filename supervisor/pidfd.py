@@ -55,10 +55,14 @@ def wait_status(pidfd: int) -> int | None:
     """
     status = _reaped_status(pidfd)
     # State Z alone would not do: it is also what the first thread shows when it has ended before the others.
-    if status is None and has_ended(pidfd):
+    while status is None and has_ended(pidfd):
+        reaped = pid_of(pidfd) is None
         status = _zombie_status(pidfd)
         if status is None:  # it was reaped between the two looks
             status = _reaped_status(pidfd)
+        if reaped:
+            break
+        # Else who reaps it is just at it: no zombie any more (state X), and the kernel keeps its status only in a moment.
     return status
 
 
