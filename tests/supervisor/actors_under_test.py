@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from supervisor.actor import Actor
 from supervisor.exits import Begun, Exited
 from supervisor.system import System
+from supervisor.timers import Timers
 
 TIMEOUT_S = 60.0
 
@@ -104,3 +106,15 @@ def hold(entered: threading.Event, go: threading.Event) -> Callable[[Puppet], An
         assert go.wait(TIMEOUT_S)
 
     return do
+
+
+@contextmanager
+def no_timer(timers: Timers) -> Iterator[None]:
+    """No timer comes meanwhile, whenever it is due: what is done here is certainly done before."""
+    entered, go = threading.Event(), threading.Event()
+    timers.after(0.0, lambda: hold(entered, go)(None))  # type: ignore[arg-type]
+    assert entered.wait(TIMEOUT_S)
+    try:
+        yield
+    finally:
+        go.set()

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,19 @@ def watcher() -> Iterator[Watcher]:
 
 @pytest.fixture
 def fork_server(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A fork server in the test's directory, which starts while the test does; what it and its children print is in `log`."""
+    """A fork server in the test's directory, which listens; what it and its children print is in `log`."""
     with open(tmp_path / "log", "ab") as log:
         server = subprocess.Popen(argv("fork-server", tmp_path), stdin=subprocess.DEVNULL, stderr=log)
-    yield server
-    server.kill()
-    server.wait()
+    try:
+        # However long that takes on this machine: who asks it has a time-out of the product's.
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (tmp_path / "forkserver.sock").exists():
+            assert time.monotonic() < deadline and server.poll() is None
+            time.sleep(0.002)
+        yield server
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 from supervisor.channel import Channel, ChannelClosed
 from supervisor.frames import Message
 from supervisor.keeping import FROM_KEEPER, AskState, State
+from supervisor.lockfile import sign_of
 from supervisor.sockets import connect_to
 from tests.supervisor.descendants import descendants, ends, kill
 from tests.supervisor.programs_under_test import FROM_ROOT, Ask, Holds, argv
@@ -49,6 +50,19 @@ class Daemon:
                 return state
             assert time.monotonic() < deadline, state
 
+    def fork_server(self) -> int:
+        """The fork server's pid, as soon as it has its lock: whoever takes the keeper's place finds it by that."""
+        pid = self.state(lambda state: state.fork_server_pid > 0).fork_server_pid
+        deadline = time.monotonic() + TIMEOUT_S
+        while sign_of(self.directory / "forkserver.lock").pid != pid:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return pid
+
+    def patient(self) -> None:
+        """To be said before anything is started: nobody of it is taken for hung, however long a test stops it."""
+        (self.directory / "patient").touch()
+
     def kept(self, *names: str) -> State:
         """The same, as soon as it holds just what has these names."""
         return self.state(lambda state: state.names == sorted(names))
@@ -59,17 +73,25 @@ class Daemon:
         return Channel(connection, FROM_KEEPER)
 
     def ask(self, message: Message | None = None) -> Holds:
-        """Tell the root supervisor, as soon as there is one → what it holds then."""
-        connection = connect_to(self.directory / "root.sock", socket.SOCK_SEQPACKET, TIMEOUT_S)
-        assert connection is not None
-        channel = Channel(connection, FROM_ROOT)
-        try:
-            channel.send(message or Ask())
-            answer, _ = channel.receive(TIMEOUT_S)
-        finally:
-            channel.close()
-        assert isinstance(answer, Holds)
-        return answer
+        """Tell the root supervisor, as soon as there is one → what it holds then.
+
+        Who is only asked, and was being killed just then, is not the one: its successor is.
+        """
+        while True:
+            connection = connect_to(self.directory / "root.sock", socket.SOCK_SEQPACKET, TIMEOUT_S)
+            assert connection is not None
+            channel = Channel(connection, FROM_ROOT)
+            try:
+                channel.send(message or Ask())
+                answer, _ = channel.receive(TIMEOUT_S)
+            except ChannelClosed:
+                if message is not None:
+                    raise
+                continue
+            finally:
+                channel.close()
+            assert isinstance(answer, Holds)
+            return answer
 
     def log(self) -> str:
         return (self.directory / "log").read_text()

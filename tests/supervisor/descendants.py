@@ -6,6 +6,7 @@ import ctypes
 import os
 import select
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -16,11 +17,12 @@ def descendants() -> list[int]:
     found, below = [], [os.getpid()]
     while below:
         parent = below.pop()
-        for path in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                below += map(int, path.read_text().split())
-            except (FileNotFoundError, ProcessLookupError):
-                pass  # it has just ended
+        threads: list[str] = []
+        with suppress(FileNotFoundError, ProcessLookupError):  # here and below: it has just ended
+            threads = os.listdir(f"/proc/{parent}/task")
+        for thread in threads:
+            with suppress(FileNotFoundError, ProcessLookupError):
+                below += map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())
         found.append(parent)
     return found[1:]
 

@@ -1,7 +1,7 @@
 """The programs that the tests of the fork server and of the keeper start: `python programs_under_test.py WHAT DIRECTORY …`.
 
 The root supervisor here does what it is told on `root.sock`, and what files in the directory say, each once: `exit`, to end with
-that code as soon as it is started; `stubborn`, not to end at SIGTERM.
+that code as soon as it is started; `stubborn`, not to end at SIGTERM.  Where there is `patient`, nobody takes anybody for hung.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ FROM_ROOT = Codec(Holds, size_bytes_max=4 << 20)
 def main(what: str, directory: Path) -> int:
     from supervisor.keeper import Plan, run_keeper
 
+    if (directory / "patient").exists():
+        be_patient()
     plan = Plan(directory, argv("root", directory), argv("fork-server", directory), DRAIN_TIMEOUT_S)
     match what:
         case "keeper":
@@ -96,6 +99,20 @@ def main(what: str, directory: Path) -> int:
     raise ValueError(what)
 
 
+def be_patient() -> None:
+    """Of a process that never beats the silence begins with its start: stopped later than that, it would be killed at once.
+
+    And a keeper that is lost is waited for until it has ended.
+    """
+    from functools import partial
+
+    from supervisor import descriptors, parts
+    from supervisor.pulse import Pulse
+
+    parts.Pulse = descriptors.Pulse = partial(Pulse, silence_s=600.0, begin_s=600.0)  # type: ignore[assignment,misc]
+    descriptors.END_S = 60.0
+
+
 def root(directory: Path) -> int:
     from supervisor.channel import Channel, ChannelClosed
     from supervisor.descriptors import Descriptors
@@ -120,7 +137,7 @@ def root(directory: Path) -> int:
     if not lock.acquire():
         return 1
     watcher = Watcher()
-    if (directory / "beats").exists():  # else it is never taken for hung, whatever a test does to it
+    if (directory / "beats").exists():
         watcher.every_beat(lock.beat)
     watcher.start()
     descriptors = Descriptors(
@@ -134,10 +151,19 @@ def root(directory: Path) -> int:
         try:
             while True:
                 message, _ = channel.receive(None)
+                hear(watcher)
                 error = do(directory, descriptors, message)
                 channel.send(holds(descriptors, error))
         except ChannelClosed:
             channel.close()
+
+
+def hear(watcher: Any) -> None:
+    """Have done with all that the keeper has said until now: its thread comes to this when it has handled that."""
+    heard, ready = threading.Event(), os.eventfd(1)
+    watcher.readable(ready, heard.set)
+    assert heard.wait(60)
+    os.close(ready)
 
 
 def do(directory: Path, descriptors: Any, message: Message) -> str:
@@ -171,7 +197,7 @@ def appoint(directory: Path, descriptors: Any, wanted: Appoint) -> None:
     order = StandingOrder(wanted.name, wanted.entry, msgspec.msgpack.encode(Say("")), wanted.along, lock, wanted.silence_s)
     along = [descriptors.get(name) for name in wanted.along]
     process = Isolation(str(directory / "forkserver.sock")).start(
-        wanted.name, wanted.entry, Say(""), FROM_CHILD, along, lock=lock
+        wanted.name, wanted.entry, Say(""), FROM_CHILD, along, timeout_s=60.0, lock=lock
     )
     descriptors.stand(wanted.name, order, os.dup(process.pidfd), os.dup(process.channel.fileno()))
     process.close()

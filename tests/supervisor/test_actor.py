@@ -14,7 +14,7 @@ from supervisor.actor import Stop
 from supervisor.answers import Answer, Deferred, Refused, Worked, WorkFailed, refusal
 from supervisor.exits import NORMAL, STOPPED, Cause, Exit, Exited
 from supervisor.system import System
-from tests.supervisor.actors_under_test import TIMEOUT_S, Alone, Log, Puppet, crash, hold
+from tests.supervisor.actors_under_test import TIMEOUT_S, Alone, Log, Puppet, crash, hold, no_timer
 
 
 @pytest.fixture
@@ -252,9 +252,10 @@ def test_a_timer_arrives_as_a_message(alone: Alone) -> None:
 
 
 def test_a_timer_of_a_dead_incarnation_vanishes(alone: Alone) -> None:
-    first = alone.start("a", begin=lambda puppet: puppet.after(0.02, "of the first"))
-    stop(first)
-    second = alone.start("a", begin=lambda puppet: puppet.after(0.04, "of the second"))
+    with no_timer(alone.system.timers):
+        first = alone.start("a", begin=lambda puppet: puppet.after(0.0, "of the first"))
+        stop(first)
+        second = alone.start("a", begin=lambda puppet: puppet.after(0.0, "of the second"))
     assert alone.log.take(4)[3] == ("message", "a", "of the second")
     assert alone.log.silent
     stop(second)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import ast
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -32,6 +33,7 @@ import supervisor
 from supervisor import pidfd
 from supervisor.channel import Channel
 from supervisor.isolation import Isolation, Process
+from supervisor.lockfile import holder_of
 from supervisor.parts import spawn
 from supervisor.worker import SILENCE_S, Ended, Said, Started
 from tests.supervisor.actors_under_test import TIMEOUT_S
@@ -46,9 +48,13 @@ def next_start(boss: Boss) -> None:
         pass
 
 
-def end_fork_server(fork_server: subprocess.Popen[bytes]) -> None:
+def end_fork_server(fork_server: subprocess.Popen[bytes], directory: Path) -> None:
+    """Until its lock is free, too: a spare that it was just forking has that as well, until it has closed what is not its own."""
     fork_server.kill()
     fork_server.wait(TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while holder_of(directory / "forkserver.lock"):
+        assert time.monotonic() < deadline
 
 
 def test_a_process_is_not_dead_because_its_fork_server_is(
@@ -58,7 +64,7 @@ def test_a_process_is_not_dead_because_its_fork_server_is(
     boss = bosses("echo", again=True)
     boss.log.take(2)
     first = pid(boss)
-    end_fork_server(fork_server)
+    end_fork_server(fork_server, tmp_path)
     boss.mailbox(lambda boss: boss.worker.send(Say("still there?")))
     assert boss.next().message.text == "still there?"
     assert boss.log.silent
@@ -76,7 +82,7 @@ def test_a_process_whose_end_somebody_else_reaps_is_dead_all_the_same(
     """It is this test's child when its fork server has ended, and a thread of the test is quicker than anybody who would wait for it."""
     boss = bosses("echo", again=True)
     boss.log.take(2)
-    end_fork_server(fork_server)
+    end_fork_server(fork_server, tmp_path)
     stolen: list[tuple[int, int]] = []
     thief = threading.Thread(target=lambda: stolen.append(os.waitpid(first, 0)))
     first = pid(boss)
@@ -122,19 +128,20 @@ def test_a_process_that_is_stopped_is_replaced_within_five_seconds_by_default(bo
 # --- a pid that is used again ---
 
 
-def process_with_pid(wanted: int) -> subprocess.Popen[bytes]:
-    """A new process that has that number, which must be free."""
-    for _ in range(200):  # others start processes as well
+def process_with_pid(wanted: int) -> subprocess.Popen[bytes] | None:
+    """A new process that has that number; None when somebody else has taken it: others start processes, and threads, as well."""
+    for _ in range(10):
         Path("/proc/sys/kernel/ns_last_pid").write_text(str(wanted - 1))
         process = subprocess.Popen(["/bin/sleep", "60"])
         if process.pid == wanted:
             return process
         process.kill()
         process.wait()
-    raise AssertionError(f"somebody else took {wanted}")
+    return None
 
 
-def test_what_is_done_to_a_dead_process_does_not_reach_the_next_of_its_number() -> None:
+def dead_and_next() -> tuple[Process, int, socket.socket, subprocess.Popen[bytes]] | None:
+    """A dead process, when it had started, the other end of its channel, and the process that has its number now, if there is one."""
     first = subprocess.Popen(["/bin/sleep", "60"])
     here, there = Channel.pair(FROM_CHILD)
     process = Process("first", first.pid, pidfd.open_pidfd(first.pid), here)
@@ -143,6 +150,19 @@ def test_what_is_done_to_a_dead_process_does_not_reach_the_next_of_its_number() 
     first.kill()
     first.wait()
     second = process_with_pid(first.pid)
+    if second is not None:
+        return process, started, there, second
+    process.close()
+    there.close()
+    return None
+
+
+def test_what_is_done_to_a_dead_process_does_not_reach_the_next_of_its_number() -> None:
+    found, deadline = dead_and_next(), time.monotonic() + TIMEOUT_S
+    while found is None:
+        assert time.monotonic() < deadline
+        found = dead_and_next()
+    process, started, there, second = found
     try:
         assert not process.signal(signal.SIGKILL)
         assert pidfd.has_ended(process.pidfd)

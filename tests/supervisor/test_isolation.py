@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def start(isolation: Isolation) -> Iterator[Start]:
     processes: list[Process] = []
 
     def start(entry: str, text: str = "hello", descriptors: Sequence[int] = ()) -> Process:
-        processes.append(isolation.start(entry, f"{ENTRIES}:{entry}", Say(text), FROM_CHILD, descriptors))
+        processes.append(isolation.start(entry, f"{ENTRIES}:{entry}", Say(text), FROM_CHILD, descriptors, timeout_s=60.0))
         return processes[-1]
 
     yield start
@@ -159,28 +160,43 @@ def test_the_death_of_the_fork_server_hurts_no_process_and_no_request(
         second.terminate()
 
 
-def test_the_fork_server_is_killed_again_and_again_while_processes_are_started(start: Start, tmp_path: Path) -> None:
+def test_the_fork_server_is_killed_again_and_again_while_processes_are_started(
+    start: Start, tmp_path: Path, fork_server: subprocess.Popen[bytes]
+) -> None:
+    # Each has so much time of its own, and not of the clock: on a machine with much to do it could serve nobody in that.
     killer = (
         "import subprocess, sys, time\n"
         "from pathlib import Path\n"
         "from supervisor.lockfile import sign_of\n"
         "while True:\n"
         "    server = subprocess.Popen(sys.argv[2:])\n"
-        "    while (sign := sign_of(Path(sys.argv[1]))).pid != server.pid or not sign.beats:\n"
+        "    while server.poll() is None and ((sign := sign_of(Path(sys.argv[1]))).pid != server.pid or not sign.beats):\n"
         "        time.sleep(0.01)\n"
-        "    time.sleep(0.05)\n"
+        "    clock = ~server.pid << 3 | 2  # as clock_getcpuclockid(3) makes it\n"
+        "    end_s = server.poll() is None and time.clock_gettime(clock) + 0.02\n"
+        "    while server.poll() is None and time.clock_gettime(clock) < end_s:\n"
+        "        time.sleep(0.001)\n"
         "    server.kill()\n"
-        "    server.wait()\n"
+        "    print(server.wait(), flush=True)\n"
     )
     lock = str(tmp_path / "forkserver.lock")
-    with subprocess.Popen(
-        [sys.executable, "-c", killer, lock, *argv("fork-server", tmp_path)], start_new_session=True
-    ) as again:
-        for number in range(20):
+    fork_server.kill()
+    fork_server.wait(60)
+    with open(tmp_path / "killed", "wb") as killed:
+        again = subprocess.Popen(
+            [sys.executable, "-c", killer, lock, *argv("fork-server", tmp_path)], stdout=killed, start_new_session=True
+        )
+    try:
+        number, deadline = 0, time.monotonic() + 60
+        while number < 20 or (tmp_path / "killed").read_text().count("-9\n") < 3:
+            assert time.monotonic() < deadline
             process = start("echo", str(number))
             assert hear(process).text == str(number)
             process.close()
+            number += 1
+    finally:
         os.killpg(again.pid, signal.SIGKILL)
+        again.wait()
 
 
 def test_a_fork_server_that_is_missing_is_said_so(tmp_path: Path) -> None:

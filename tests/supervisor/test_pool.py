@@ -17,7 +17,7 @@ from supervisor.pool import Pool
 def pool() -> Iterator[Pool]:
     pool = Pool(3)
     yield pool
-    pool.close()
+    pool.close(60)
 
 
 def test_as_many_run_at_once_as_are_allowed(pool: Pool) -> None:
@@ -25,7 +25,7 @@ def test_as_many_run_at_once_as_are_allowed(pool: Pool) -> None:
     passed: list[int] = []
     for _ in range(6):
         pool.run(lambda: passed.append(together.wait(60)))
-    pool.close()
+    pool.close(60)
     assert sorted(passed) == [0, 0, 1, 1, 2, 2]
 
 
@@ -36,7 +36,7 @@ def test_a_thread_that_is_idle_is_used_again() -> None:
         pool.run(lambda done=done: (threads.append(threading.current_thread()), done.set()))  # type: ignore[misc]
         assert done.wait(60)
         time.sleep(0.01)  # until it is idle, as good as always
-    pool.close()
+    pool.close(60)
     assert len(set(threads)) < 20  # not one each; how many, depends on who is faster
 
 
@@ -46,7 +46,7 @@ def test_more_than_the_threads_can_do_waits_its_turn(pool: Pool) -> None:
         pool.run(lambda number=number: go.wait(60) and done.append(number))  # type: ignore[misc]
     assert done == []
     go.set()
-    pool.close()
+    pool.close(60)
     assert sorted(done) == list(range(10))
 
 

@@ -60,6 +60,7 @@ def recorded(daemon: Daemon, count: int) -> list[tuple[str, str, str]]:
 
 
 def test_what_was_replaced_is_in_the_event_log_once_whoever_was_away(daemon: Daemon) -> None:
+    daemon.patient()
     daemon.start()
     pids = [appoint(daemon)]
     for times in (1, 2, 3):
@@ -93,6 +94,7 @@ def test_a_process_is_replaced_and_the_root_supervisor_told(daemon: Daemon) -> N
 
 
 def test_a_process_is_replaced_while_the_root_supervisor_hangs(daemon: Daemon) -> None:
+    daemon.patient()
     daemon.start()
     pid = appoint(daemon)
     root = daemon.ask().pid
@@ -116,16 +118,20 @@ def test_a_process_is_replaced_while_there_is_no_root_supervisor(daemon: Daemon,
 
 
 def test_a_process_that_hangs_is_dumped_and_replaced_without_a_root_supervisor(daemon: Daemon) -> None:
+    daemon.patient()
     daemon.start()
-    pid = appoint(daemon, silence_s=0.3)
+    pid = appoint(daemon, silence_s=2.0)  # as long as nothing but its being stopped keeps it from beating
     root = daemon.ask().pid
     os.kill(root, signal.SIGSTOP)
-    began = time.monotonic()
+    lock, began = daemon.directory / "a.lock", time.monotonic()
+    before = sign_of(lock)
+    while sign_of(lock) == before:  # its last beat is one after `began`
+        began = time.monotonic()
     os.kill(pid, signal.SIGSTOP)
     assert replaced(daemon) != pid
     took_s = time.monotonic() - began
     # A stopped process cannot say where it is; one that only hangs can, and this shows that the keeper waits for that.
-    assert took_s >= 0.3 + LOOK_AGAIN_S + DUMP_S
+    assert took_s >= 2.0 + LOOK_AGAIN_S + DUMP_S
     os.kill(root, signal.SIGCONT)
     [(child, cause, text)] = recorded(daemon, 1)
     assert (child, cause) == ("a", "hung") and text.endswith(f"in place of {pid}: hung, killed by signal 9")
@@ -152,18 +158,27 @@ def test_a_fork_server_that_dies_at_that_moment_costs_only_its_own_start(daemon:
 
 
 def test_a_fork_server_that_hangs_is_killed_and_hangs_not_the_keeper(daemon: Daemon) -> None:
+    daemon.patient()
     daemon.start()
-    pid = appoint(daemon)
-    server = daemon.state().fork_server_pid
-    os.kill(server, signal.SIGSTOP)
-    kill(pid)
-    answers = 0
-    while daemon.state().fork_server_pid == server:
-        answers += 1
-    assert answers >= 10  # it answers others meanwhile
-    replaced(daemon)
-    assert daemon.state().fork_server_pid not in (0, server)
-    assert f"the fork server has not answered for {ANSWER_S:g} s; it is killed" in daemon.log()
+    killed = f"the fork server has not answered for {ANSWER_S:g} s; it is killed"
+    pid, answers, tries = appoint(daemon), 0, 0
+    while not answers:
+        assert tries < 3  # once it may be this test that did not run for so long
+        tries += 1
+        server = daemon.state().fork_server_pid
+        os.kill(server, signal.SIGSTOP)
+        kill(pid)
+        asked = False
+        while (log := log_after_answer(daemon)).count(killed) < tries:
+            answers += asked  # it answers others meanwhile
+            asked = f"(pid {pid}) has ended" in log
+        pid = replaced(daemon, tries)
+        assert daemon.state().fork_server_pid not in (0, server)
+
+
+def log_after_answer(daemon: Daemon) -> str:
+    daemon.state()
+    return daemon.log()
 
 
 def test_a_process_that_ends_with_success_is_done(daemon: Daemon, tmp_path: Path) -> None:
@@ -238,6 +253,7 @@ def test_one_that_nobody_knows_of_any_more_is_ended_by_the_next(daemon: Daemon) 
 
 def test_of_two_that_live_the_root_supervisor_s_is_the_one(daemon: Daemon) -> None:
     """The keeper has replaced a process, and so has the root supervisor, which has not heard of that."""
+    daemon.patient()
     daemon.start()
     pid = appoint(daemon)
     root = daemon.ask().pid
@@ -284,6 +300,7 @@ def test_a_standing_order_without_its_descriptors_costs_its_sender_the_connectio
 
 
 def test_a_keeper_that_stood_still_hears_first_that_it_was_done_without_it(daemon: Daemon) -> None:
+    daemon.patient()
     keeper = daemon.start()
     pid = appoint(daemon)
     keeper.send_signal(signal.SIGSTOP)

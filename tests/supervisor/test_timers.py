@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from supervisor.timers import Timers
+from tests.supervisor.actors_under_test import no_timer
 
 
 @pytest.fixture
@@ -20,12 +21,17 @@ def timers() -> Iterator[Timers]:
 
 def test_timers_come_in_the_order_in_which_they_are_due(timers: Timers) -> None:
     came: queue.SimpleQueue[str] = queue.SimpleQueue()
-    began = time.monotonic()
-    timers.after(0.6, lambda: came.put("third"))
-    timers.after(0.2, lambda: came.put("first"))
-    timers.after(0.4, lambda: came.put("second"))
-    assert [came.get(timeout=60) for _ in range(3)] == ["first", "second", "third"]
-    assert time.monotonic() - began >= 0.6
+    tries: list[float] = []
+    while not tries or tries[-1] >= 0.2:
+        assert len(tries) < 3, tries  # once it may be this thread that did not run for so long between two of them
+        began = time.monotonic()
+        timers.after(0.6, lambda: came.put("third"))
+        timers.after(0.2, lambda: came.put("first"))
+        timers.after(0.4, lambda: came.put("second"))
+        tries.append(time.monotonic() - began)
+        order = [came.get(timeout=60) for _ in range(3)]
+        assert time.monotonic() - began >= 0.6
+    assert order == ["first", "second", "third"]
 
 
 def test_of_two_that_are_due_together_the_older_comes_first(timers: Timers) -> None:
@@ -37,8 +43,9 @@ def test_of_two_that_are_due_together_the_older_comes_first(timers: Timers) -> N
 
 def test_a_cancelled_timer_never_comes(timers: Timers) -> None:
     came: queue.SimpleQueue[str] = queue.SimpleQueue()
-    timers.after(0.5, lambda: came.put("cancelled")).cancel()
-    timers.after(0.6, lambda: came.put("good"))
+    with no_timer(timers):
+        timers.after(0.0, lambda: came.put("cancelled")).cancel()
+        timers.after(0.0, lambda: came.put("good"))
     assert came.get(timeout=60) == "good"
     assert came.empty()
 

@@ -23,6 +23,8 @@ from tests.supervisor.descendants import ends
 from tests.supervisor.processes_under_test import FROM_CHILD, Crash, Say
 from tests.supervisor.programs_under_test import ENTRIES
 
+PATIENT_S = 2.0  # what beats, or begins, is not silent for so long on a machine with much to do
+
 
 @contextmanager
 def busy(watcher: Watcher) -> Iterator[None]:
@@ -96,7 +98,7 @@ def test_a_worker_that_cannot_be_started_has_ended(bosses: Bosses) -> None:
 
 
 def test_a_worker_that_is_stopped_is_found_by_its_silence_and_replaced(bosses: Bosses) -> None:
-    boss = bosses("beat", heartbeat=True, again=True)
+    boss = bosses("beat", heartbeat=True, again=True, silence_s=PATIENT_S)
     assert boss.next() == Started("worker", 1)
     assert boss.next() == Said("worker", 1, Say("beat"))
     first = pid(boss)
@@ -111,7 +113,7 @@ def test_a_worker_that_hangs_says_where_before_it_is_killed(
     bosses: Bosses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "DUMP_S", 60.0)  # however long that takes it on this machine
-    boss = bosses("outlive", heartbeat=True)
+    boss = bosses("outlive", heartbeat=True, silence_s=PATIENT_S)
     assert boss.next() == Started("worker", 1)
     assert boss.next() == Ended("worker", 1, f"killed by signal {signal.SIGABRT.value}", hung=True)
     log = (tmp_path / "log").read_text()
@@ -120,8 +122,8 @@ def test_a_worker_that_hangs_says_where_before_it_is_killed(
 
 
 def test_a_worker_that_beats_is_left_alone(bosses: Bosses) -> None:
-    boss = bosses("beat", heartbeat=True)
-    boss.looks.take(3 * LOOKS)
+    boss = bosses("beat", heartbeat=True, silence_s=PATIENT_S)
+    boss.looks.take(LOOKS + 2)
     assert boss.next_but_beats() == Started("worker", 1)
     boss.mailbox(lambda boss: boss.worker.kill())
     assert boss.next_but_beats() == Ended("worker", 1, "killed by signal 9")
@@ -136,9 +138,12 @@ def test_a_worker_that_promised_no_heartbeat_may_be_silent(bosses: Bosses) -> No
     assert boss.looks.silent
 
 
-def test_a_worker_is_not_hung_because_nobody_listened(bosses: Bosses, watcher: Watcher) -> None:
+def test_a_worker_is_not_hung_because_nobody_listened(
+    bosses: Bosses, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The watcher is busy, as when this whole process was stopped: what the worker said lies in its channel unread."""
-    boss = bosses("beat", heartbeat=True)
+    monkeypatch.setattr(worker, "LOOK_AGAIN_S", 2.0)  # until when it must have been read
+    boss = bosses("beat", heartbeat=True, silence_s=PATIENT_S / 2)
     boss.looks.take(1)
     while not boss.log.silent:
         boss.next()
