@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import socket
 import sqlite3
 import subprocess
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from supervisor.channel import Channel
 from supervisor.keeping import FROM_KEEPER, AskState, State
+from supervisor.sockets import connect_to
 from tests.actors.image.images import RunningRegistry
 from tests.faults.armed import HANG, KILL, WITH_ITS_KEEPER, operation_name
 from tests.node.daemon import PATIENCE_S, Daemon, name_of
@@ -63,7 +64,10 @@ class ArmedDaemon(Daemon):
                 f"never reached {self.left()}, but {self.reached(task)}\n{self.log.read_text()[-2000:]}"
             )
             time.sleep(0.01)
-        (self.points / "armed").unlink()
+        with open(self.points / "lock", "w") as lock:
+            # One that is about to die takes its name out, and so puts the file there anew: not after this.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (self.points / "armed").unlink()
         if keeper:
             starter.join(PATIENCE_S)
             assert not starter.is_alive()
@@ -90,6 +94,7 @@ class ArmedDaemon(Daemon):
         with open(self.points / "trace") as trace:
             trace.seek(self._heard_bytes)
             text = trace.read()
+            text = text[: text.rfind("\n") + 1]  # the last one may be just being written
             self._heard_bytes += len(text.encode())
         names = dict.fromkeys(text.splitlines())
         for task in tasks:
@@ -116,13 +121,14 @@ class ArmedDaemon(Daemon):
             time.sleep(0.02)
 
     def unreleased(self) -> list[str]:
-        with closing(sqlite3.connect(f"file:{self.state / 'aerie.db'}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"file:{self.state / 'aerie.db'}?mode=ro", uri=True, timeout=PATIENCE_S)) as database:
             return [task for (task,) in database.execute("SELECT task FROM tasks WHERE released = 0")]
 
     def held(self) -> list[str]:
         """What the keeper holds."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.connect(os.fspath(self.run_dir / "keeper.sock"))
+        connection = connect_to(self.run_dir / "keeper.sock", socket.SOCK_SEQPACKET, PATIENCE_S)
+        assert connection is not None, self.log.read_text()[-3000:]
+        with connection:
             channel = Channel(connection, FROM_KEEPER)
             channel.send(AskState(), (), PATIENCE_S)
             answer, _ = channel.receive(PATIENCE_S)

@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from actors.gateway.messages import MountImage, UnmountImage
+from actors.gateway.messages import Ended, MountImage, UnmountImage, Wait
 from supervisor.lockfile import sign_of
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
 from tests.faults.load import Broken
@@ -27,6 +27,9 @@ from tests.node.conftest import busybox_layer
 from tests.node.daemon import Daemon, running
 
 EVERY_S = 0.1
+KINDS = ("image mount", "workspace mount")
+KILLS_MIN = 3  # of each kind, however long that takes
+TASK_S = 180.0  # that anything may take in all of it
 STOP_SHARE = 0.15
 TASKS = 2
 BLOCK_BYTES = 64 << 10
@@ -41,10 +44,10 @@ out/%: src/%
 SCRIPT = """
 wrong() {{ echo "WRONG in round $r: $*"; }}
 block() {{ dd if=$1 bs={block} skip=$2 count=1 2> /dev/null | md5sum; }}
-end=$(( $(/bin/busybox date +%s) + {seconds} )); r=0
+r=0
 git init -q repo 2>&1 || wrong git init
 sqlite3 base.db 'CREATE TABLE rounds (number INTEGER)' || wrong sqlite3
-while [ $r -eq 0 ] || [ $(/bin/busybox date +%s) -lt $end ]; do
+while [ $r -eq 0 ] || [ ! -e enough ]; do
   r=$((r+1))
   for n in $r $((r+7)) $((r+99)); do
     [ "$(block /data/large $((n % {image_blocks})))" = "$(sed -n $((n % {image_blocks} + 1))p /data/sums)" ] || wrong image $n
@@ -101,15 +104,20 @@ class FuseStorm:
 
     def run(self, seconds: float) -> None:
         """Raises Broken."""
-        tasks = [self._submit(f"fuse-{number}", seconds) for number in range(TASKS)]
+        tasks = [self._submit(f"fuse-{number}") for number in range(TASKS)]
+        deadline = time.monotonic() + TASK_S
         for task in tasks:
             while not (self._daemon.state / "tasks" / task / "output").exists():
+                if time.monotonic() > deadline:
+                    raise Broken(f"{task} does not begin")
                 self._daemon.tree()  # made with the container; every look takes a moment
         self._strike_for(seconds)
         for task in tasks:
+            (self._daemon.run_dir / "tasks" / task / "workspace/enough").touch()
+        for task in tasks:
             self._check(task)
 
-    def _submit(self, name: str, seconds: float) -> str:
+    def _submit(self, name: str) -> str:
         store = self._daemon.state / "workspaces" / name
         (store / "src").mkdir(mode=0o755, parents=True)
         large = self._chance.randbytes(STORE_BLOCKS * BLOCK_BYTES)
@@ -123,7 +131,6 @@ class FuseStorm:
             os.chown(path, 1000, 1000)
         script = SCRIPT.format(
             block=BLOCK_BYTES,
-            seconds=round(seconds),
             image_blocks=IMAGE_BLOCKS,
             store_blocks=STORE_BLOCKS,
             built=hashlib.md5(b"".join(source * 2 for source in sources)).hexdigest(),
@@ -135,8 +142,10 @@ class FuseStorm:
         return self._daemon.submit(script, name, workspace=name, env={**who, **quiet})
 
     def _strike_for(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        began = time.monotonic()
+        while time.monotonic() < began + seconds or any(self.tally.blows[f"{kind} killed"] < KILLS_MIN for kind in KINDS):
+            if time.monotonic() > began + seconds + TASK_S:
+                raise Broken("its processes are not met")
             time.sleep(self._chance.uniform(0.5, 1.5) * EVERY_S)  # the storm's own rhythm, not a wait
             for lock in sorted((self._daemon.run_dir / "served").glob("*.lock")):
                 self._strike(sign_of(lock).pid)
@@ -144,7 +153,7 @@ class FuseStorm:
     def _strike(self, pid: int) -> None:
         try:
             comm = Path(f"/proc/{pid}/comm").read_text()
-            kind = next(kind for kind in ("image mount", "workspace mount") if comm.startswith(kind[:15]))
+            kind = next(kind for kind in KINDS if comm.startswith(kind[:15]))
             stop = self._chance.random() < STOP_SHARE
             os.kill(pid, signal.SIGSTOP if stop else signal.SIGKILL)
         except (OSError, StopIteration):
@@ -152,7 +161,10 @@ class FuseStorm:
         self.tally.blows[f"{kind} {'stopped' if stop else 'killed'}"] += 1
 
     def _check(self, task: str) -> None:
-        result = self._daemon.result(task)
+        client = self._daemon.client
+        answer = client.ask(Wait(client.number(), task, None), timeout_s=TASK_S)
+        assert isinstance(answer, Ended)
+        result = answer.result
         stdout, stderr = self._daemon.logs(task)
         text = stdout.decode(errors="replace")
         if "WRONG" in text or stderr or (result.exit_code, result.sync, result.error) != (EXIT_CODE, "synced", None):
@@ -182,7 +194,8 @@ def fuse_storm(home: Path, registry: RunningRegistry, seconds: float, seed: int)
     with running(home / "archivist", image, **shared) as archivist:
         client = archivist.client
         client.ask(
-            UnmountImage(client.number(), client.ask(MountImage(client.number(), image), timeout_s=60).lease), timeout_s=60
+            UnmountImage(client.number(), client.ask(MountImage(client.number(), image), timeout_s=TASK_S).lease),
+            timeout_s=TASK_S,
         )
     with running(home / "node", image, **shared) as daemon:
         current = FuseStorm(daemon, seed)

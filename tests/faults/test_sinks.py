@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
-from tests.faults.test_kills import wait_for_lines
+from tests.faults.test_kills import strike, wait_for_lines
 from tests.node.daemon import running
 
 LINES = 3000
@@ -21,7 +19,7 @@ def test_a_file_has_each_line_once(tmp_path: Path, image: str, name: str | None)
         task = daemon.submit(script)
         wait_for_lines(daemon, task, 200)
         if name:
-            os.kill(daemon.pid_of(name), signal.SIGKILL)
+            strike(daemon, name)
         assert daemon.result(task).exit_code == 0
     # A daemon that has stopped has given its sinks all they were to have.
     lines = (tmp_path / "logs" / f"{task}.log").read_text().splitlines()

@@ -56,7 +56,7 @@ class Process:
 def find(state: Path) -> list[Process]:
     """Every process of the daemon whose state directory that is, but the runtimes', which live for milliseconds."""
     mark = f"AERIE_STATE_DIR={state}".encode()
-    found = []
+    found: dict[int, tuple[Process, int]] = {}  # with its parent's pid
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
@@ -68,10 +68,12 @@ def find(state: Path) -> list[Process]:
             status = Path(f"/proc/{entry}/status").read_text()
         except OSError:
             continue  # it has ended
-        spaces = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[1:]
-        if len(spaces) == 1 and (kind := kind_of(comm, arguments)):
-            found.append(Process(kind, int(entry), f"{comm} {os.fsdecode(b' '.join(arguments))}"))
-    return found
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        if len(fields["NSpid"].split()) == 1 and (kind := kind_of(comm, arguments)):
+            words = f"{comm} {os.fsdecode(b' '.join(arguments))}"
+            found[int(entry)] = Process(kind, int(entry), words), int(fields["PPid"])
+    # Who has just been forked, and has not executed its program yet, or named itself, looks like its parent.
+    return [each for each, parent in found.values() if parent not in found or found[parent][0].kind != each.kind]
 
 
 def kind_of(comm: str, arguments: list[bytes]) -> str | None:
@@ -86,12 +88,12 @@ def allowed(kinds: Iterable[str], fragile: bool, holders_back: Callable[[], None
 
     What a task needs of the kernel, its pipes and mounts, is held by keeper, root supervisor and conmon or server, and any of them is
     enough.  `fragile`: a conmon or a server is dead somewhere.  `holders_back` waits until keeper and root supervisor both hold
-    everything: one that was started again has not got it at once.
+    everything: one that was started again has not got it at once, and if the other one dies before, or has been stopped and is not
+    replaced yet, nobody is left who would start anything.
     """
     struck = set(kinds)
-    holders = len(struck & HOLDERS)
-    if struck & HELD or (holders and fragile):
-        if holders == len(HOLDERS):
-            return False
+    if struck >= HOLDERS:
+        return not fragile
+    if struck & (HELD | HOLDERS):
         holders_back()
     return True
