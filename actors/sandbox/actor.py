@@ -36,7 +36,7 @@ from supervisor.actor import Actor
 from supervisor.answers import Answer, Deferred, Refused, Worked, WorkFailed, refusal
 from supervisor.tree import System
 
-CONMON_S = 5.0  # how long conmon may take to write the last output and end, once its container has
+CONMON_S = 30.0  # how long conmon may take to write the last output, make it durable and end, once its container has
 CREATE_AGAIN_S = (0.0, 0.05, 0.2, 0.5, 1.0)  # before a task's container is created once more, after it failed so often
 RETRY_S = 1.0  # before something that must be done, and failed, is tried again
 

@@ -352,18 +352,45 @@ int rename(const char *from, const char *to) {
 """
 
 
+def conmon_with(home: Path, source: str) -> str:
+    """A conmon with something of its own in the C library's place → the PATH on which it is found."""
+    library = home / "slow.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-x", "c", "-o", library, "-"], input=source.encode(), check=True)
+    return in_place_of("conmon", home, f'LD_PRELOAD={library} exec $program "$@"')
+
+
+SLOW_DISK = r"""
+#include <time.h>
+#include <unistd.h>
+
+int fsync(int file) {
+    struct timespec left = {5, 500000000};
+    while (nanosleep(&left, &left))
+        ;
+    return 0;
+}
+"""
+
+
+def test_a_disk_that_takes_seconds_for_the_last_output_costs_nothing(tmp_path: Path, image: str) -> None:
+    """conmon makes the journal durable before it ends."""
+    path = conmon_with(tmp_path, SLOW_DISK)
+    (tmp_path / "node").mkdir()
+    with running(tmp_path / "node", image, PATH=path) as daemon:
+        began = time.monotonic()
+        result = daemon.run("echo out; exit 7")
+        assert time.monotonic() - began > 5
+        assert (result.state, result.exit_code, result.error, result.gaps) == ("stopped", 7, None, 0)
+        assert daemon.logs(result.task) == (b"out\n", b"")
+
+
 @pytest.mark.parametrize("moment", ["reaped", "reaped, and its conmon is stopped", "a zombie"])
 def test_a_container_that_ended_while_nobody_lived_and_whose_code_is_not_written_down_yet(
     tmp_path: Path, image: str, moment: str
 ) -> None:
     """conmon reaps first, and writes the exit code down afterwards: a daemon that starts in between waits for it."""
-    held, library = tmp_path / "held", tmp_path / "slow.so"
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-x", "c", f'-DHELD="{held}"', "-o", library, "-"],
-        input=SLOW_TO_WRITE_DOWN.encode(),
-        check=True,
-    )
-    path = in_place_of("conmon", tmp_path, f'LD_PRELOAD={library} exec $program "$@"')
+    held = tmp_path / "held"
+    path = conmon_with(tmp_path, SLOW_TO_WRITE_DOWN.replace("HELD", f'"{held}"'))
     (tmp_path / "node").mkdir()
     with running(tmp_path / "node", image, PATH=path) as daemon:
         task = daemon.submit(WAITING.replace("small other", "go"), workspace="work")
