@@ -526,6 +526,19 @@ SOMETIMES = (
     *(f"evictor: {verb} STATE/images/cache/short" for verb in ("write", "remove")),
     "evictor: write STATE/images/cache/.unlinked",
     "evictor: rename STATE/images/cache/unlinked",
+    # a sync comes while a task is in the midst of its changes
+    *(f"syncer: {verb} STATE/workspaces/TASK/changed.new" for verb in ("rename", "remove")),
+    "syncer: rename STATE/workspaces/TASK/renamed/inner",
+    "syncer: remove STATE/workspaces/TASK/directory/inner",
+    "syncer: rmdir STATE/workspaces/TASK/directory",
+    # on a machine that stands still a process is silent for so long that it seems to hang, or is no more when it is looked for; all has
+    # been read before a pack comes; an evictor comes before an image that was just built is mounted
+    "signal SIGABRT",
+    "start stand-in",
+    "evictor: write RUN/root.lock",
+    "image prefetcher: say PackAbsent",
+    "evictor: write STATE/images/cache/trees/.DIGEST",
+    "evictor: rename STATE/images/cache/trees/DIGEST",
 )
 
 
