@@ -67,6 +67,7 @@ EXIT_RUNNING = 3
 EXIT_FAILED = 70  # EX_SOFTWARE: the log says how
 START_S = 30.0  # how long a root supervisor may take until it says Hello, when a drain waits for it
 STOP_S = 5.0  # how long the fork server may take to end
+ORPHANS_S, ORPHANS_LOOK_S = 20.0, 0.01  # and what was below it, once it has been killed
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,18 @@ class Keeper:
             self._fork_server.stop(STOP_S)
         for path in (self._plan.socket, self._plan.fork_server_socket):
             path.unlink(missing_ok=True)
+        if code == 0:
+            self._await_orphans()
         self._exit_code = code
+
+    @staticmethod
+    def _await_orphans() -> None:
+        """Wait until all that was killed in a drain has ended, which who waits for a slow disk does late."""
+        deadline = time.monotonic() + ORPHANS_S
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline:
+                if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                    time.sleep(ORPHANS_LOOK_S)
 
     # --- signals ---
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -160,6 +161,21 @@ def test_a_signal_drains_and_ends_it_with_success(daemon: Daemon, number: int, t
     assert (tmp_path / "drained").exists()
     assert ends(root, 0) and ends(server, 0)
     assert not (tmp_path / "keeper.sock").exists() and not (tmp_path / "forkserver.sock").exists()
+
+
+def test_it_ends_after_all_that_were_killed_when_it_drained(daemon: Daemon) -> None:
+    """SIGKILL does not end at once who waits for a disk."""
+    keeper = daemon.start()
+    daemon.ask()
+    pid, pidfd, channel = isolated(daemon, "outlive")
+    keeper.terminate()
+    killing = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
+    killing.start()
+    assert keeper.wait(60) == 0
+    assert ends(pid, 0)
+    killing.join()
+    os.close(pidfd)
+    channel.close()
 
 
 def test_a_drain_that_takes_too_long_is_gone_on_with_by_another_root_supervisor(daemon: Daemon, tmp_path: Path) -> None:
