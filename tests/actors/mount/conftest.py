@@ -63,7 +63,9 @@ class Workspace:
         objects = Objects(str(self.objects))
         try:
             listed = (
-                Indexer().look(str(self.store), str(self.directory), objects, Bounds(), 1 << 20, 10.0).put(str(self.directory))
+                Indexer()
+                .look(str(self.store), str(self.directory), objects, Bounds(), 1 << 20, 3600.0)
+                .put(str(self.directory))
             )
             table = ObjectTable(str(self.directory / TABLE))
             for row in map(table.row, range(len(table))):

@@ -41,23 +41,29 @@ def isolated_syncer(home: Path) -> Iterator[tuple[Channel, int]]:
 def syncer() -> Iterator[tuple[Channel, int]]:
     """The process, as a fork of this one: our end of its channel, and its pid."""
     channel, end = Channel.pair(wire.ANSWERS)
-    pid = os.fork()
-    if pid == 0:
-        channel.close()
-        code = 1
+    with tempfile.TemporaryDirectory() as home:
+        pid = os.fork()
+        if pid == 0:
+            channel.close()
+            code = 1
+            try:
+                serve(end, [], msgspec.msgpack.encode(wire.SyncerArguments(f"{home}/lock")))
+                code = 0
+            finally:
+                os._exit(code)
+        end.close()
         try:
-            with tempfile.NamedTemporaryFile() as lock:
-                serve(end, [], msgspec.msgpack.encode(wire.SyncerArguments(lock.name)))
-            code = 0
+            yield channel, pid
         finally:
-            os._exit(code)
-    end.close()
-    try:
-        yield channel, pid
-    finally:
-        channel.close()
-        # It ends when its channel is closed; were it not so, the test would hang here and be ended by its time-out.
-        os.waitpid(pid, 0)
+            channel.close()
+            # It ends when its channel is closed; were it not so, the test would hang here.
+            os.waitpid(pid, 0)
+
+
+def stop(pid: int) -> None:
+    """Stop a child, and return when none of its threads runs any more."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
 
 
 def answer(channel: Channel) -> Any:
@@ -68,7 +74,8 @@ def answer(channel: Channel) -> Any:
 
 
 def index_job(workspace: Workspace, job: str = "i") -> wire.IndexWorkspace:
-    return wire.IndexWorkspace(job, str(workspace.store), str(workspace.directory), str(workspace.objects))
+    """With all the time for its small files that a busy machine may need."""
+    return wire.IndexWorkspace(job, str(workspace.store), str(workspace.directory), str(workspace.objects), small_s=3600.0)
 
 
 def sync_job(workspace: Workspace, job: str = "s") -> wire.SyncWorkspace:
@@ -138,7 +145,7 @@ def test_no_task_gets_a_listing_that_is_older_than_its_request(
     tasks = [workspaces(f"t{number}") for number in range(30)]
     with syncer() as (channel, pid):
         if held_up:
-            os.kill(pid, signal.SIGSTOP)
+            stop(pid)
         for number, task in enumerate(tasks):
             write(store / f"f{number}", str(number))
             channel.send(index_job(task, str(number)))
@@ -161,7 +168,7 @@ def test_a_task_that_is_gone_takes_no_other_with_it(workspaces: Callable[[str], 
     write(store / "a", "a")
     gone, other = workspaces("t1"), workspaces("t2")
     with syncer() as (channel, pid):
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         for number, task in enumerate((gone, other)):
             channel.send(index_job(task, str(number)))
         shutil.rmtree(gone.directory)
@@ -181,7 +188,8 @@ def test_memory_is_given_back(workspace: Workspace, store: Path, tmp_path: Path)
             channel.send(index_job(workspace))
             answer(channel)
             if number in (1, 11):
-                channel.receive(60)  # a beat later it has tidied up
+                while channel.receive(60)[0] != wire.Progress(0, 0):
+                    pass  # what it does after its answer, tidying up at last, counts as running
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
                 used_kib.append(int(rollup.split("Private_Dirty:")[1].split()[0]))
     assert used_kib[1] - used_kib[0] < 3000, "twelve listings hold no more than two"
@@ -293,6 +301,8 @@ def test_a_file_that_does_not_hold_still_is_tried_again(workspace: Workspace, st
             while not stop.is_set():
                 log.write(b"%9d\n" % number)
                 number += 1
+                if number > 200_000:  # enough, should the disk make a sync take seconds
+                    time.sleep(0.001)
 
         writer = threading.Thread(target=write_on)
         writer.start()

@@ -54,7 +54,9 @@ def test_content_is_read_executed_and_copied_up(tree: Tree) -> None:
     root = in_child(lambda: os.stat(tree.merged))
     assert (root.st_mode & 0o7777, root.st_uid, root.st_gid, root.st_mtime_ns // 10**18) == (0o750, 1000, 1000, 1)
     assert Path(tree.home, "store/deep/er/random").read_bytes() == FILES["deep/er/random"]
-    assert server.receive(Progress).waiting == 0
+    deadline = time.monotonic() + 60
+    while server.receive(Progress).waiting:  # a beat from before, or the kernel reads ahead still
+        assert time.monotonic() < deadline
 
 
 def test_objects_come_before_lazy(tree: Tree) -> None:
@@ -105,8 +107,7 @@ def test_readers_do_not_notice_that_servers_are_killed(tree: Tree) -> None:
     digests = {name: hashlib.sha256(content).digest() for name, content in FILES.items()}
 
     def read() -> None:
-        rounds = 0
-        while not stop.exists():
+        while True:
             for name, digest in digests.items():
                 with open(f"{tree.merged}/{name}", "rb", buffering=0) as file:
                     assert hashlib.sha256(file.read()).digest() == digest, name
@@ -117,8 +118,8 @@ def test_readers_do_not_notice_that_servers_are_killed(tree: Tree) -> None:
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                         assert hashlib.sha256(file.read()).digest() == digest, name
             subprocess.run([f"{tree.merged}/busybox", "true"], check=True)
-            rounds += 1
-        assert rounds > 0
+            if stop.exists():
+                break
 
     readers = [fork(read) for _ in range(2)]
     for _ in range(60):
