@@ -118,6 +118,11 @@ def is_asleep(pidfd: int) -> bool:
     return _state(pidfd) == "S"
 
 
+def waits_for_disk(pidfd: int) -> bool:
+    """Whether the process waits, in its first thread, for what no signal interrupts: a disk, most likely."""
+    return _state(pidfd) == "D"
+
+
 def set_child_subreaper() -> None:
     """Orphans below this process become its children from now on, and it must reap them: prctl(2)."""
     if _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0):

@@ -22,7 +22,7 @@ from supervisor.events import Event, shortened
 from supervisor.exits import Cause, Exit, of_code
 from supervisor.frames import Message
 from supervisor.isolation import Process
-from supervisor.pidfd import wait_status
+from supervisor.pidfd import wait_status, waits_for_disk
 from supervisor.rules import What
 from supervisor.watch import Watcher
 
@@ -33,6 +33,8 @@ LOOKS = 4  # in that time
 SEND_S = 0.5
 LOOK_AGAIN_S = 0.2
 DUMP_S = 0.2  # between SIGABRT, at which it says where it hangs, and SIGKILL
+# One that waits for a disk is not hung: killed, it would end no sooner, and the next one would wait for the same.  But not for ever.
+DISK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ class _Making:
 class Worker:
     """One process of an actor's, by the name of `name`.
 
-    `heartbeat`: whether the process promised one a second.  `silence_s`: without a sign of life for so long it is hung, and so is
-    one that lives on for so long after it has closed its channel or broken the protocol.
+    `heartbeat`: whether the process promised one a second.  `silence_s`: without a sign of life for so long it is hung, unless it waits
+    for a disk, and so is one that lives on for so long after it has closed its channel or broken the protocol.
     All methods are for the actor's own thread; its `on_end` must `let_go`.
     """
 
@@ -134,6 +136,7 @@ class Worker:
         self._heartbeat = heartbeat
         self._silence_s = silence_s
         self._heard = False
+        self._heard_s = 0.0  # when that was seen, the last time
         self._missed = 0  # looks at which nothing had been heard since the one before
         self._hung = False
         self._making: _Making | None = None
@@ -264,8 +267,13 @@ class Worker:
     def _check(self) -> None:
         if self.process is None:
             return
+        now_s = time.monotonic()
+        if self._heard:
+            self._heard_s = now_s
         self._missed = 0 if self._heard else self._missed + 1
         self._heard = False
+        if self._missed > LOOKS and now_s - self._heard_s < DISK_S and waits_for_disk(self.process.pidfd):
+            self._missed = 0
         if self._missed <= LOOKS:
             # The last time soon: perhaps it was this process that did not run, and what was said lies unread.
             delay_s = LOOK_AGAIN_S if self._missed == LOOKS else self._silence_s / LOOKS

@@ -54,5 +54,4 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "daemon" in request.fixturenames:
         daemon: Daemon = request.getfixturevalue("daemon")
-        daemon.wait_released()
-        assert daemon.leavings() == []
+        daemon.wait_nothing_left()

@@ -153,14 +153,18 @@ class Daemon:
         return dict(msgspec.to_builtins(answer.keeper))
 
     def pid_of(self, name: str) -> int:
-        """The pid of one of its processes, by the name that `tree` shows."""
-        todo = [self.tree()]
-        while todo:
-            node = todo.pop()
-            if (node["kind"], node["name"]) == ("process", name) and node["pid"] is not None:  # None: being replaced
-                return int(node["pid"])
-            todo += node["children"]
-        raise LookupError(name)
+        """The pid of one of its processes, by the name that `tree` shows.  Raises LookupError when there is none."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            todo = [self.tree()]
+            while todo:
+                node = todo.pop()
+                if (node["kind"], node["name"]) == ("process", name) and node["pid"] is not None:  # None: being replaced
+                    return int(node["pid"])
+                todo += node["children"]
+            # These there always are, but the tree lacks them when the keeper has not answered it within two seconds.
+            if name not in ("keeper", "fork server") or time.monotonic() > deadline:
+                raise LookupError(name)
 
     def wait_pid(self, name: str, other_than: int = 0) -> int:
         """Wait for a process of that name, which may be starting, or being replaced → its pid."""
@@ -189,17 +193,18 @@ class Daemon:
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """SIGKILL to every process of its, until there is none: also to those that one has started just before its own end."""
+        """SIGKILL to every process of its, until there is none.  First they are stopped: one starts another in place of one that ends."""
         deadline = time.monotonic() + PATIENCE_S
         while pids := self.processes():
             assert time.monotonic() < deadline, [(pid, name_of(pid), state_of(pid)) for pid in pids]
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
 
     def kill_supervisors(self) -> None:
         """SIGKILL to keeper and root supervisor, neither of which lives to start another one in the other's place."""
-        keeper, root = self.pid_of("keeper"), self.pid_of("root supervisor")
+        keeper, root = self.wait_pid("keeper"), self.wait_pid("root supervisor")
         os.kill(keeper, signal.SIGSTOP)
         for pid in (root, keeper):
             os.kill(pid, signal.SIGKILL)
@@ -253,6 +258,13 @@ class Daemon:
         while left := [*(self.run_dir / "tasks").iterdir(), *self.task_directories()]:
             assert time.monotonic() < deadline, f"left: {left}\n{self.log.read_text()[-3000:]}"
             time.sleep(0.005)
+
+    def wait_nothing_left(self) -> None:
+        """Wait until nothing of tasks is left, nor is just looked at: who was started again asks each runtime for its version."""
+        self.wait_released()
+        deadline = time.monotonic() + PATIENCE_S
+        while left := self.leavings():
+            assert time.monotonic() < deadline, left
 
     def task_directories(self) -> list[Path]:
         """What tasks have on the state disk, beside the output that stays, and what is being deleted."""

@@ -17,9 +17,11 @@ import pytest
 
 from actors.gateway.client import Client, RequestFailed
 from actors.gateway.messages import ANSWERS, FRAME_BYTES_MAX, Ended, Failed, ListTasks, Ready, Stop, Submit, Wait
+from actors.lazytree import mounts
 from supervisor.frames import LENGTH, Codec, FrameBuffer
 from tests.actors.image.images import RunningRegistry, digest, member, symlink, tar
-from tests.node.daemon import PATIENCE_S, Daemon, running
+from tests.node.conftest import busybox_members
+from tests.node.daemon import PATIENCE_S, Daemon, name_of, running, state_of
 
 # --- images ---
 
@@ -277,6 +279,42 @@ def test_tasks_that_run_when_the_state_disk_fills_have_their_results(tmp_path: P
             assert {daemon.result(task).reason for task in tasks} == {"cancelled"}  # they are durable
             (disk / "ballast").unlink()
             daemon.wait_released()
+
+
+def test_a_disk_that_stands_still_costs_time_and_nothing_else(tmp_path: Path, image: str, registry: RunningRegistry) -> None:
+    """Longer than a builder may be silent: who waits for a disk does not hang.  Nor is conmon hurried."""
+    repository = registry.repository("slow")
+    repository.push(tar(*busybox_members(), member("file", os.urandom(1 << 20))), process={"Env": ["PATH=/bin"]})
+    (tmp_path / "node").mkdir()
+    with small_disk(tmp_path) as disk:
+        settings = {"AERIE_IMAGE_CACHE_DIR": str(disk / "cache"), "AERIE_IMAGE_FREE_MIN": "0"}
+        with running(tmp_path / "node", image, **settings) as daemon:
+            output = daemon.state / "tasks/slow/output"
+            for directory in (output, disk / "output"):
+                directory.mkdir(mode=0o700, parents=True)
+            mounts.bind(str(disk / "output"), str(output))
+            try:
+                task = daemon.submit("echo begun; until [ -e /go ]; do sleep 0.05; done; echo ended; exit 7", task="slow")
+                daemon.wait_printed(task, b"begun\n")
+                subprocess.run(["fsfreeze", "--freeze", disk], check=True)
+                try:
+                    built = daemon.submit("exit 8", image=repository.reference())
+                    (daemon.run_dir / "tasks" / task / "root/go").touch()
+                    deadline = time.monotonic() + PATIENCE_S
+                    while not {"conmon", "image builder"} <= {
+                        name_of(pid) for pid in daemon.processes() if state_of(pid) == "D"
+                    }:
+                        assert time.monotonic() < deadline
+                    time.sleep(6.0)
+                finally:
+                    subprocess.run(["fsfreeze", "--unfreeze", disk], check=True)
+                result = daemon.result(task)
+                assert (result.exit_code, result.gaps, daemon.logs(task)[0]) == (7, 0, b"begun\nended\n")
+                assert daemon.result(built).exit_code == 8
+                assert "has ended" not in daemon.log.read_text()
+                daemon.wait_released()
+            finally:
+                mounts.unmount(str(output), lazily=True)
 
 
 def test_an_ended_answer_is_the_same_however_often_it_is_asked(daemon: Daemon) -> None:

@@ -192,7 +192,7 @@ def test_two_daemons_share_one_cache(tmp_path: Path, proxy: Proxy) -> None:
             image = f"{proxy.address}/cap-a:1"
             task = one.submit("until [ -e /go ]; do sleep 0.05; done; cat /data/* | md5sum", image=image)
             one.wait_running(task)
-            stopped = (one.pid_of("keeper"), one.pid_of("root supervisor"))
+            stopped = (one.wait_pid("keeper"), one.wait_pid("root supervisor"))
             for pid in stopped:  # its mounts alone speak for it
                 os.kill(pid, signal.SIGSTOP)
             one.close_client()

@@ -65,8 +65,7 @@ def test_what_a_daemon_builds_is_shared_behind_its_tasks_and_also_when_the_build
         assert daemon.run("true").exit_code == 0  # nobody waits for the bucket
         assert "archives" not in kinds(s3, bucket)
         until(lambda: any(exchange.method == "PUT" for exchange in proxy.seen("archives/")))
-        killed = daemon.pid_of("image builder")
-        os.kill(killed, signal.SIGKILL)
+        os.kill(daemon.wait_pid("image builder"), signal.SIGKILL)
         proxy.behave()
         until(lambda: kinds(s3, bucket) == ["archives"])
         until(lambda: builder_of(daemon) is None)

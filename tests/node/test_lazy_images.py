@@ -327,7 +327,7 @@ def test_an_image_is_mounted_and_unmounted_again_and_again(tmp_path: Path, big: 
 
 def held(daemon: Daemon) -> list[int]:
     """How many descriptors keeper and root supervisor have."""
-    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (daemon.tree()["pid"], daemon.pid_of("root supervisor"))]
+    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (daemon.wait_pid("keeper"), daemon.wait_pid("root supervisor"))]
 
 
 def test_an_image_is_fetched_from_where_it_was_named_last(tmp_path: Path, big: Big, registry: RunningRegistry) -> None:
@@ -376,10 +376,7 @@ def test_a_kill_while_cold_content_is_read_costs_nothing(
         struck: dict[str, int] = {}
         for _ in range(4 if number == signal.SIGKILL and "keeper" not in names else 2):
             time.sleep(0.3)
-            struck = {
-                name: daemon.tree()["pid"] if name == "keeper" else daemon.wait_pid(name, other_than=struck.get(name, 0))
-                for name in names
-            }
+            struck = {name: daemon.wait_pid(name, other_than=struck.get(name, 0)) for name in names}
             for pid in struck.values():
                 with suppress(ProcessLookupError):  # of two servers that took its place, this was the one that had to go
                     os.kill(pid, number)
@@ -417,7 +414,7 @@ def test_take_over_under_a_task_that_reads_cold_content(tmp_path: Path, big: Big
         task = daemon.submit("cd /data; for i in 0 1 2 3 4 5 6 7 8 9; do md5sum $i || exit 9; done")
         journal = daemon.state / "tasks" / task / "output/journal"
         wait_for(lambda: journal.exists() and journal.stat().st_size > 0)
-        pid = daemon.pid_of(f"image mount {big.reference}")
+        pid = daemon.wait_pid(f"image mount {big.reference}")
         daemon.close_client()
         daemon.start("--take-over")
         big.proxy.behave()
@@ -479,7 +476,7 @@ def test_a_thousand_large_reads_at_once_take_little_memory(tmp_path: Path, big: 
     step = (LARGE_MIB - 1) * MIB // READS // 4096 * 4096
     with cold(tmp_path, big, AERIE_MOUNT_READ_TIMEOUT="5m") as daemon:
         daemon.wait_running(daemon.submit("sleep 1000", task="sleeper"))
-        pid, minor, path = daemon.pid_of(f"image mount {big.reference}"), lazy_layer(daemon).minor, object_path(daemon, large)
+        pid, minor, path = daemon.wait_pid(f"image mount {big.reference}"), lazy_layer(daemon).minor, object_path(daemon, large)
         big.proxy.on(BLOBS, silent())  # until all of them wait
         readers = fork(lambda: read_at([(path, number * step) for number in range(READS)]))
         peak_bytes = 0
@@ -493,7 +490,7 @@ def test_a_thousand_large_reads_at_once_take_little_memory(tmp_path: Path, big: 
             time.sleep(0.01)
         assert wait_in_time(readers) == 0
         assert MIB < peak_bytes < 64 * MIB
-        assert daemon.pid_of(f"image mount {big.reference}") == pid  # nobody took it for hung meanwhile
+        assert daemon.wait_pid(f"image mount {big.reference}") == pid  # nobody took it for hung meanwhile
         daemon.client.ask(Stop(daemon.client.number(), "sleeper", force=True), timeout_s=60)
 
 

@@ -138,7 +138,7 @@ def test_a_task_whose_record_is_gone_is_ended_and_all_of_it_removed(own: Daemon)
         "meta",
         "lazy",
     }
-    monitors, server = conmons(own, ghost), own.pid_of(f"workspace mount {ghost}")
+    monitors, server = conmons(own, ghost), own.wait_pid(f"workspace mount {ghost}")
     said = start_again(own, lambda: in_the_store(own, "DELETE FROM tasks WHERE task = ?", ghost))
     assert re.fullmatch(
         r"tasks: 1 adopted, 0 finished, 0 begun anew, 0 lost, 0 queued; cleaned away: 1 container, 1 control group, "
@@ -186,8 +186,7 @@ def test_a_call_of_a_runtime_whose_caller_is_dead_is_ended(tmp_path: Path, image
         eventually(called.exists)
         assert "1 process" in start_again(daemon)
         eventually(lambda: not Path(f"/proc/{called.read_text().strip()}").exists())
-        daemon.wait_released()
-        assert daemon.leavings() == []
+        daemon.wait_nothing_left()
 
 
 def test_directories_and_an_image_mount_of_nobody_are_removed(own: Daemon) -> None:
@@ -212,8 +211,8 @@ def test_a_creation_that_goes_on_behind_a_dead_daemons_back_leaves_nothing(tmp_p
         first = conmons(daemon, task)
         os.kill(daemon.pid_of("root supervisor"), signal.SIGKILL)
         assert daemon.result(task).exit_code == 7 and daemon.logs(task)[0] == b"ran\n"
-        daemon.wait_released()
-        assert not set(first) & set(conmons(daemon, task)) and daemon.leavings() == []
+        daemon.wait_nothing_left()
+        assert not set(first) & set(conmons(daemon, task))
         eventually(lambda: "1 begun anew" in account(daemon))
 
 

@@ -115,8 +115,7 @@ def test_the_present_version_takes_over_what_an_older_one_runs(tmp_path: Path, i
         assert new.command("image", "unmount", lease["lease"]).returncode == 0
         assert (store / "kept").read_text() == "before\nafter\n" and (store / "big").read_bytes() == CONTENT
         assert new.run("exit 3").exit_code == 3
-        new.wait_released()
-        assert new.leavings() == []
+        new.wait_nothing_left()
         assert new.stop() == 0
         assert new.leavings_after_stop() == [], new.log.read_text()[-3000:]
     finally:
