@@ -78,7 +78,7 @@ def scan(objects: Objects, alive: Callable[[], None] = lambda: None) -> dict[byt
                     key = bytes.fromhex(prefix + name)
                 except (FileNotFoundError, ValueError):
                     continue  # somebody removed it, or put there what is no object
-                found[key] = Kept(taken_bytes(status), status.st_ctime_ns >= working_ns)
+                found[key] = Kept(taken_bytes(status, name, descriptor), status.st_ctime_ns >= working_ns)
         finally:
             os.close(descriptor)
     return found

@@ -142,9 +142,26 @@ def free_bytes(directory: int) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def taken_bytes(status: os.stat_result) -> int:
-    """What a file takes of the disk; by its size, which stays as it is, but for a sparse one."""
-    return min(status.st_size + -status.st_size % BLOCK_BYTES, max(status.st_blocks * 512, BLOCK_BYTES))
+def taken_bytes(status: os.stat_result, path: str = "", directory: int | None = None) -> int:
+    """What a file takes of the disk; by its size, which stays as it is, but for a sparse one.
+
+    `path`, and the `directory` that it begins in: where the file is, to be looked at more closely if it seems to be sparse.  While
+    ext4 finds a place for what was just written, it counts these blocks for a moment neither as wanted nor as taken.  Raises OSError.
+    """
+    size = status.st_size + -status.st_size % BLOCK_BYTES
+    taken = max(status.st_blocks * 512, BLOCK_BYTES)
+    return size if taken >= size or (path and not _has_holes(path, directory)) else taken
+
+
+def _has_holes(path: str, directory: int | None) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return True  # it is gone, and as good as what its status says
+    try:
+        return os.lseek(file, 0, os.SEEK_HOLE) < os.fstat(file).st_size
+    finally:
+        os.close(file)
 
 
 class Ledger:
@@ -190,9 +207,10 @@ class Ledger:
             and free_bytes(self._directory) >= self._limits.free_bytes_min + promised_bytes
         )
 
-    def begin_publishing(self, key: str, status: os.stat_result) -> int:
-        """The file is about to be given its name → what it counts for, for `end_publishing`."""
-        size, record = taken_bytes(status), self._record
+    def begin_publishing(self, key: str, file: int) -> int:
+        """The file of that descriptor is about to be given its name → what it counts for, for `end_publishing`."""
+        status = os.fstat(file)
+        size, record = taken_bytes(status, f"/proc/self/fd/{file}"), self._record
         # Packed as it is, for this comes with every file of an image.
         body = _RECORD.pack(
             record.used, record.promised, record.since_ns, _PUBLISH, status.st_ino, size, bytes.fromhex(key), b""
@@ -217,7 +235,10 @@ class Ledger:
             handle = _handle_of(self._directory, path)
         except FileNotFoundError:
             return 0
-        size = taken_bytes(status) if published_bytes is None else published_bytes + -published_bytes % BLOCK_BYTES
+        if published_bytes is None:
+            size = taken_bytes(status, path, self._directory)
+        else:
+            size = published_bytes + -published_bytes % BLOCK_BYTES
         self._save(
             self._record._replace(
                 intent=_Intent.UNLINK, inode=status.st_ino, adds_bytes=-size, key=bytes.fromhex(key), handle=handle

@@ -78,7 +78,7 @@ class Objects:
         file.flush()
         os.fchmod(file.fileno(), 0o444)  # whatever the umask said
         ledger = self.ledger
-        size = ledger.begin_publishing(key, os.fstat(file.fileno()))
+        size = ledger.begin_publishing(key, file.fileno())
         try:
             os.link(f"/proc/self/fd/{file.fileno()}", self.path(key), dst_dir_fd=self.descriptor, follow_symlinks=True)
         except FileExistsError:
@@ -160,7 +160,7 @@ class Objects:
                             os.unlink(name, dir_fd=directory)
                             removed += 1
                         else:
-                            self._taken_bytes += taken_bytes(status)
+                            self._taken_bytes += taken_bytes(status, name, directory)
                     except FileNotFoundError:
                         pass  # evicted just now
             finally:

@@ -124,7 +124,7 @@ def test_what_cannot_be_had_is_eio_with_a_reason_and_the_mount_lives(
 
 
 def test_stuck_reads_do_not_keep_a_ready_one_waiting(tmp_path: Path, trees: list[Tree]) -> None:
-    tree = make(tmp_path, "ready", *(f"stuck-{number}" for number in range(STUCK)), read_timeout_s=60)
+    tree = make(tmp_path, "ready", *(f"stuck-{number}" for number in range(STUCK)), read_timeout_s=600)
     trees.append(tree)
     server = tree.serve(serve_moody)
 
@@ -148,7 +148,7 @@ def test_stuck_reads_do_not_keep_a_ready_one_waiting(tmp_path: Path, trees: list
         assert Path(tree.object_path("stored-ready")).read_bytes() == CONTENT
         return time.monotonic() - begun
 
-    assert in_child(timed) < 2  # 1 ms on a quiet machine; the stuck ones take a minute
+    assert in_child(timed) < 30  # 1 ms on a quiet machine; the stuck ones take ten minutes
     tree.servers[-1].kill()
     tree.serve(serve_moody)  # all of them are asked again
     while tree.servers[-1].receive(Progress).waiting < STUCK:
