@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from actors.cache.archives import evict, look
+from actors.image.archives import archive as archive_module
 from actors.image.archives.archive import hold
 
 
@@ -48,13 +50,15 @@ def test_what_was_just_used_or_cannot_be_made_again_stays(tmp_path: Path) -> Non
     assert new.exists() and not old.exists()
 
 
-def test_one_that_is_just_being_removed_is_not_held(tmp_path: Path) -> None:
+def test_one_that_is_just_being_removed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "HOLD_TRIES", 60_000)  # a minute of them
     path = archive(tmp_path, 1, 1.0)
-    # Somebody else's lock, for a moment, on a file that has no name any more.
-    locker = subprocess.Popen(["flock", "--exclusive", str(path), "sleep", "0.05"])
-    time.sleep(0.02)
+    locked = os.open(path, os.O_RDWR)  # somebody else's lock, for a moment
+    fcntl.flock(locked, fcntl.LOCK_EX)
+    unlocking = threading.Timer(0.05, os.close, [locked])
+    unlocking.start()
     descriptor = hold(str(path))
-    locker.wait()
+    unlocking.join()
     os.close(descriptor)
     path.unlink()
     with pytest.raises(FileNotFoundError):

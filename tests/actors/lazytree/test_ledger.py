@@ -63,7 +63,9 @@ def test_a_file_that_is_just_given_its_place_on_the_disk_is_not_taken_for_a_spar
             file.write(bytes(10_000))
             file.truncate(max(size, 10_000))
     whole, sparse = (os.stat(tmp_path / name) for name in ("whole", "sparse"))
-    without = os.stat_result((*whole[:10], *[0.0] * 3, *[0] * 3, 4096, 0))  # as ext4 gives it, one stat(2) in a hundred thousand
+    without = os.stat_result(
+        (*whole[:10], *[0.0] * 3, *[0] * 3, 4096, 0)
+    )  # as ext4 gives it, one stat(2) in a hundred thousand
     assert (without.st_size, without.st_blocks) == (10_000, 0)
     assert taken_bytes(whole) == taken_bytes(without, str(tmp_path / "whole")) == 12_288
     directory = os.open(tmp_path, os.O_RDONLY)
