@@ -105,7 +105,7 @@ def unmount_all(layout: TaskLayout) -> int:
     found = mounts.mounts_below(str(layout.volatile))
     for mount in found:
         if mount.kind == "fuse":
-            mounts.abort_fuse(mount.minor)
+            mounts.abort_fuse(mount.target, mount.minor)
         mounts.unmount(mount.target, lazily=True)
     return len(found)
 

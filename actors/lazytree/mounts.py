@@ -10,6 +10,7 @@ kernel knows them, absolute and without symbolic links.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -164,12 +165,14 @@ def select_below(mountinfo: Iterable[bytes], path: str) -> list[Mount]:
     return [mount for _, _, mount in sorted(found, reverse=True)]
 
 
-def abort_fuse(minor: int) -> None:
-    """End a FUSE connection: every request, waiting or to come, ends in an error.  No error when it is gone already."""
-    try:
-        _control_fuse(minor, "abort", 1)
-    except FileNotFoundError:
-        pass
+def abort_fuse(target: str, minor: int) -> None:
+    """End the FUSE connection of this number that is mounted at `target`: every request, waiting or to come, ends in an error.
+
+    Nothing happens when it is not mounted there any more: its number may be that of another one by now.
+    """
+    if any((mount.target, mount.minor) == (target, minor) for mount in mounts_below(target)):
+        with contextlib.suppress(FileNotFoundError):
+            _control_fuse(minor, "abort", 1)
 
 
 def tune_fuse(minor: int, max_background: int = 1024, congestion_threshold: int = 1024, read_ahead_kib: int = 1024) -> None:

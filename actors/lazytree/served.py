@@ -231,7 +231,7 @@ class LazyServer:
     def abort(self) -> None:
         """End the connection: who waits for an answer in the kernel gets an error."""
         if self.minor:
-            mounts.abort_fuse(self.minor)
+            mounts.abort_fuse(str(self.target), self.minor)
 
     def want(self, wanted: bool) -> None:
         """Whether a server that ends is to be replaced."""

@@ -151,7 +151,7 @@ class Mount:
         assert in_child(read, 100.0)
 
     def close(self) -> None:
-        mounts.abort_fuse(self._connection.minor)
+        mounts.abort_fuse(str(self.path), self._connection.minor)
         mounts.unmount(str(self.path), lazily=True)
         os.close(self._fuse)
         self.kill()

@@ -248,7 +248,7 @@ class Tree:
 
     def close(self) -> None:
         """Unmount everything and end every server; afterwards nothing is mounted below `home`."""
-        mounts.abort_fuse(self.connection.minor)
+        mounts.abort_fuse(self.lazy, self.connection.minor)
         for mount in mounts.mounts_below(str(self.home)):
             mounts.unmount(mount.target, lazily=True)
         os.close(self.fuse)

@@ -106,6 +106,6 @@ def test_a_connection_that_is_aborted_meanwhile_ends_the_answering(tree: Tree) -
     os.write(tree.fuse, greeting.init_reply(tree.connection.init_request))
     began = time.monotonic()
     with greeting.answering(tree.fuse):
-        mounts.abort_fuse(tree.connection.minor)
+        mounts.abort_fuse(tree.lazy, tree.connection.minor)
         time.sleep(0.1)
     assert time.monotonic() - began < 60

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,10 +187,28 @@ def test_a_fuse_connection_is_tuned_and_aborted(home: Path) -> None:
         assert (connection / "max_background").read_text() == "700\n"
         assert (connection / "congestion_threshold").read_text() == "600\n"
         assert Path(f"/sys/class/bdi/0:{fuse.minor}/read_ahead_kb").read_text() == "512\n"
-        mounts.abort_fuse(fuse.minor)
+        mounts.abort_fuse(target, fuse.minor)
         with pytest.raises(OSError):
             os.listdir(target)  # and not for ever waiting for a server
         mounts.unmount(target)
-        mounts.abort_fuse((1 << 20) - 1)  # one that is gone; `fuse.minor` may be somebody else's by now
+        mounts.abort_fuse(target, fuse.minor)
     finally:
         os.close(descriptor)
+
+
+def test_a_fuse_connection_that_is_gone_takes_no_other_with_it(home: Path) -> None:
+    """The next mount has its number."""
+    target, other = directory(home / "lazy"), directory(home / "other")
+    descriptors = [os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC) for _ in range(2)]
+    gone = mounts.mount_fuse(target, descriptors[0])
+    mounts.unmount(target)
+    mounts.mount_fuse(other, descriptors[1])
+    try:
+        mounts.abort_fuse(target, gone.minor)
+        connection = select.poll()
+        connection.register(descriptors[1], 0)
+        assert not connection.poll(0), "it is in no error"
+    finally:
+        mounts.unmount(other)
+        for descriptor in descriptors:
+            os.close(descriptor)

@@ -56,6 +56,7 @@ def syncer() -> Iterator[tuple[Channel, int]]:
             yield channel, pid
         finally:
             channel.close()
+            os.kill(pid, signal.SIGCONT)  # after a test that failed
             # It ends when its channel is closed; were it not so, the test would hang here.
             os.waitpid(pid, 0)
 
