@@ -40,6 +40,7 @@ __all__ = ["BucketAway", "SharedArchive"]
 
 LEASE_S = 30.0  # without a renewal; S3 tells times in whole seconds
 RENEW_S = 8.0
+RENEWED_S = 8.0  # how long who gives the lease back waits for a renewal that is under way
 LOOK_S = 2.0  # how often, on average, a node that waits looks again
 LEVEL = 6  # of zstd: a third of META and table, at 60 MB/s
 PULL_ATTEMPTS = 2
@@ -134,7 +135,8 @@ class SharedArchive:
         """Give back the lease, if it is ours.  What goes wrong is mended by the lease's end."""
         self._closing.set()
         if self._renewal is not None:
-            self._renewal.join(RENEW_S)
+            # One that comes through later has written another state of the lease than the one that is removed: that stays, to its end.
+            self._renewal.join(RENEWED_S)
         if self._lease_etag:
             try:
                 self._client.remove(self._lease_key, self._lease_etag)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from actors.image.registry import patience
+from actors.image.registry import credentials, patience
+from actors.image.registry import repository as client
 from tests.actors.image.images import Repository, RunningRegistry
 
 
@@ -28,6 +29,12 @@ def anonymous(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path_factory.getbasetemp()))
 
 
+@pytest.fixture(autouse=True)
+def unknown_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of any host's speed: its port may have been another's, which was faster."""
+    monkeypatch.setattr(patience.RATES, "_by_host", {})
+
+
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asked for twice because this machine stood still for some seconds.
@@ -37,3 +44,5 @@ def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "CONNECT_TIMEOUT_S", 60.0)
     monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (60.0,) * patience.ATTEMPTS)
     monkeypatch.setattr(patience, "SLOW_WINDOW_S", 600.0)
+    monkeypatch.setattr(client, "MIRROR_TIMEOUT_S", 120.0)
+    monkeypatch.setattr(credentials, "HELPER_TIMEOUT_S", 60.0)

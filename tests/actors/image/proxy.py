@@ -11,6 +11,7 @@ Without a command it passes everything on.  Of several commands for a path the f
 from __future__ import annotations
 
 import base64
+import functools
 import http.client
 import json
 import re
@@ -42,6 +43,12 @@ class Exchange:
     handler: Any = field(default=None, repr=False)
     proxy: Any = field(default=None, repr=False)
 
+    @functools.cached_property
+    def body(self) -> bytes:
+        """Of the request."""
+        length = int(self.headers.get("Content-Length", 0))
+        return bytes(self.handler.rfile.read(length)) if length else b""
+
     @property
     def range(self) -> tuple[int, int] | None:
         """Offset and length of the range asked for; the length of an open one is 0."""
@@ -50,12 +57,14 @@ class Exchange:
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         """Answer here and now; `_` in a header's name is `-`."""
+        # What is left of a request would be taken for the next one, and closing on it resets the connection, answer and all.
+        _ = self.body
+        self.status = status
         self.handler.send_response(status)
         for name, value in headers.items():
             self.handler.send_header(name.replace("_", "-"), value)
         self.handler.send_header("Content-Length", str(len(body)))
         self.handler.end_headers()
-        self._sent(status)
         if self.method != "HEAD":
             self._send(body)
 
@@ -66,14 +75,13 @@ class Exchange:
 
         `pace(sent)` is called before each piece of the answer with the bytes sent before it, and may wait.
         """
-        length = int(self.headers.get("Content-Length", 0))
-        body = self.handler.rfile.read(length) if length else None
         upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
         try:
             dropped = {name.lower() for name in without} | HOP_BY_HOP
             headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
-            upstream.request(self.method, self.path, body, headers)
+            upstream.request(self.method, self.path, self.body or None, headers)
             answer = upstream.getresponse()
+            self.status = answer.status
             self.handler.send_response(answer.status, answer.reason)
             for name, value in answer.getheaders():
                 if name.lower() not in HOP_BY_HOP:
@@ -83,7 +91,6 @@ class Exchange:
                 self.handler.close_connection = True
                 self.handler.send_header("Connection", "close")
             self.handler.end_headers()
-            self._sent(answer.status)
             while True:
                 if pace:
                     pace(self.body_bytes)
@@ -99,9 +106,6 @@ class Exchange:
                 self._send(piece)
         finally:
             upstream.close()
-
-    def _sent(self, status: int) -> None:
-        self.status = status
 
     def _send(self, piece: bytes) -> None:
         with self.proxy.lock:
@@ -344,8 +348,7 @@ class TokenGate:
 
     def _give(self, exchange: Exchange) -> None:
         if exchange.method == "POST":
-            body = exchange.handler.rfile.read(int(exchange.headers["Content-Length"])).decode()
-            form = dict(urllib.parse.parse_qsl(body))
+            form = dict(urllib.parse.parse_qsl(exchange.body.decode()))
             known = form["grant_type"] == "refresh_token" and form["refresh_token"] in self.identity_tokens
         elif self.passwords is None:
             known = True

@@ -20,13 +20,15 @@ from actors.image.archives.archive import VERSION, Archive, archive_path
 from actors.image.archives.fleet import BucketAway, Lease, Next, SharedArchive, decide
 from actors.image.wire import Bucket, BuildImage, Built, Progress, Shared
 from supervisor.frames import Message
-from tests.actors.image.builders import Builder, Node
+from tests.actors.image.builders import TIMEOUT_S, Builder, Node
 from tests.actors.image.images import Repository, RunningRegistry, member, tar
-from tests.actors.image.proxy import Proxy, cut, hang_up, silent, stall, status, throttle
+from tests.actors.image.proxy import Exchange, Proxy, cut, hang_up, silent, stall, status, throttle
 from tests.actors.image.s3 import CREDENTIALS, SERVERS, RunningS3
 
 CONTENT = random.Random(2).randbytes(2 << 20)
-LEASE_S, RENEW_S, LOOK_S = 3.0, 0.7, 0.2
+LEASE_S, RENEW_S, LOOK_S = 5.0, 0.5, 0.2  # a node that stands for four seconds, as a busy machine may, keeps its lease
+
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 
 @pytest.fixture(scope="module", params=SERVERS)
@@ -176,7 +178,7 @@ def in_parallel(orders: list[BuildImage]) -> list[list[Message]]:
     said: list[list[Message]] = [[] for _ in orders]
 
     def listen(number: int) -> None:
-        said[number] = builders[number].messages(60.0)
+        said[number] = builders[number].messages()
 
     threads = [threading.Thread(target=listen, args=(number,)) for number in range(len(orders))]
     for thread in threads:
@@ -187,11 +189,11 @@ def in_parallel(orders: list[BuildImage]) -> list[list[Message]]:
 
 
 def test_a_node_that_builds_for_longer_than_a_lease_keeps_it(proxy: Proxy, make: Make) -> None:
-    proxy.on("/blobs/", throttle(len(CONTENT) / (2.5 * LEASE_S)))
+    proxy.on("/blobs/", throttle(len(CONTENT) / (1.5 * LEASE_S)))
     first = Builder(make("first")[1])
     reading(first)
     second = Builder(make("second")[1])
-    said = second.messages(60.0)
+    said = second.messages()
     assert any(isinstance(message, Progress) and message.phase == "waiting for another node" for message in said)
     assert outcome(said)[0].layer_bytes == 0
     assert outcome(first.messages())[1] == Shared(True)
@@ -199,7 +201,7 @@ def test_a_node_that_builds_for_longer_than_a_lease_keeps_it(proxy: Proxy, make:
 
 def reading(builder: Builder) -> None:
     """Wait until it reads layers."""
-    while not (isinstance(said := builder.channel.receive(60)[0], Progress) and said.phase == "reading layers"):
+    while not (isinstance(said := builder.channel.receive(TIMEOUT_S)[0], Progress) and said.phase == "reading layers"):
         pass
 
 
@@ -209,11 +211,12 @@ def test_a_dead_nodes_lease_passes_on(s3: RunningS3, bucket: Bucket, proxy: Prox
     reading(first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert [key.split("/")[1] for key in s3.keys(bucket)] == ["leases"]
-    died = time.monotonic()
+    [key] = s3.keys(bucket)
+    assert key.split("/")[1] == "leases"
+    renewed = s3.client.head_object(Bucket=bucket.name, Key=key)["LastModified"].timestamp()
     proxy.behave()
     outcomes = [outcome(said) for said in in_parallel([make(f"node{number}")[1] for number in range(3)])]
-    assert LEASE_S - 1.5 < time.monotonic() - died < 30
+    assert LEASE_S < time.time() - renewed < 60
     assert sum(built.layer_bytes > 0 for built, _ in outcomes) == 1
     assert [key.split("/")[1] for key in s3.keys(bucket)] == ["archives"]
 
@@ -228,7 +231,7 @@ def test_the_nodes_own_clock_does_not_matter(
     other = SharedArchive(bucket, "sha256:" + "1" * 64)
     lease = other._find_lease()
     assert lease is not None
-    assert -1 <= lease.age_s < LEASE_S
+    assert -1 <= lease.age_s < 300
     assert not other._write_lease(IfNoneMatch="*")
     assert not other._write_lease(IfMatch='"another"')
     other.close()
@@ -243,12 +246,15 @@ def test_a_build_that_fails_gives_its_lease_back(s3: RunningS3, bucket: Bucket, 
     assert ended(make("second")[1])[1].pushed
 
 
-def test_a_lease_that_was_lost_nevertheless_does_no_harm(s3: RunningS3, bucket: Bucket, proxy: Proxy, make: Make) -> None:
+def test_a_lease_that_was_lost_nevertheless_does_no_harm(
+    s3: RunningS3, bucket: Bucket, proxy: Proxy, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "LEASE_S", 2.0)
     proxy.on("/blobs/", throttle(1e6))
     first = Builder(make("first")[1])
     reading(first)
     os.kill(first.pid, signal.SIGSTOP)  # a node that sleeps
-    time.sleep(LEASE_S + 1)
+    time.sleep(3.0)
     second = Builder(make("second")[1])
     reading(second)
     os.kill(first.pid, signal.SIGCONT)
@@ -257,6 +263,27 @@ def test_a_lease_that_was_lost_nevertheless_does_no_harm(s3: RunningS3, bucket: 
     assert sum(shared.pushed for _, shared in outcomes) == 1
     assert [shared.problem for _, shared in outcomes] == ["", ""]
     assert [key.split("/")[1] for key in s3.keys(bucket)] == ["archives"]
+
+
+def test_a_lease_that_is_just_being_renewed_is_given_back(s3: RunningS3, bucket: Bucket, tmp_path: Path) -> None:
+    def state() -> str:
+        [key] = s3.keys(bucket)
+        return str(s3.client.head_object(Bucket=bucket.name, Key=key)["ETag"])
+
+    def answer_late(exchange: Exchange) -> None:
+        send = exchange.handler.send_response
+        exchange.handler.send_response = lambda *answer: (time.sleep(2 * RENEW_S), send(*answer))
+        exchange.forward()
+
+    with Proxy(s3.address) as proxy:
+        shared = SharedArchive(Bucket(bucket.name, "fleet", f"http://{proxy.address}", "us-east-1"), "sha256:" + "4" * 64)
+        assert shared.obtain(str(tmp_path), [], lambda: None) is None
+        proxy.on("leases/", lambda exchange: answer_late(exchange) if exchange.method == "PUT" else exchange.forward())
+        claimed, deadline = state(), time.monotonic() + 60
+        while state() == claimed:
+            assert time.monotonic() < deadline
+        shared.close()
+    assert s3.keys(bucket) == []
 
 
 def test_what_a_node_has_already_is_pushed_too(s3: RunningS3, bucket: Bucket, make: Make) -> None:
@@ -382,7 +409,7 @@ def test_a_bucket_that_is_away_costs_a_node_nothing_but_a_remark(
     assert built.complete
     assert not shared.pushed
     assert f"bucket {name}" in shared.problem
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60  # it would be longer if it waited as long for a bucket as it may
     assert Archive.open(archive_path(str(node.archives), built.digest))
 
 

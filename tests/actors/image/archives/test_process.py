@@ -22,7 +22,7 @@ import pytest
 from actors.image.archives.archive import Archive
 from actors.image.wire import BuildFailed, Built, Progress, Resolved
 from actors.lazytree.objects import Objects
-from tests.actors.image.builders import Builder, Node, mounted, walk
+from tests.actors.image.builders import TIMEOUT_S, Builder, Node, mounted, walk
 from tests.actors.image.images import (
     OCI,
     Member,
@@ -35,6 +35,8 @@ from tests.actors.image.images import (
     symlink,
     tar,
 )
+
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 
 @pytest.fixture
@@ -150,7 +152,7 @@ def test_an_image_made_by_other_tools_comes_out_as_they_unpack_it(repository: Re
         ["umoci", "unpack", "--image", f"{layout}:x", str(tmp_path / "bundle")],
         ["skopeo", "copy", "-q", "--dest-tls-verify=false", f"oci:{layout}:x", f"docker://{repository.reference()}"],
     ):
-        subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
     with mounted(node.built(repository.reference()), node, tmp_path) as root:
         ours, theirs = walk(root), walk(tmp_path / "bundle/rootfs")
         assert (root / "bin/hard").stat().st_nlink == 2
@@ -346,7 +348,10 @@ def test_what_is_here_whole_is_not_fetched_again_and_by_its_digest_not_even_aske
     pinned = f"{repository.reference().removesuffix(':latest')}@{built.digest}"
     assert node.built(pinned).layer_bytes == 0
     assert node.build(pinned, known_digest=built.digest) == Resolved(built.digest)
-    failed = node.build(repository.reference())
+    with socket.socket() as nobody:  # has its port now, which might else be given to another server
+        nobody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        nobody.bind(("127.0.0.1", int(registry.address.rpartition(":")[2])))
+        failed = node.build(repository.reference())
     assert isinstance(failed, BuildFailed)
     assert failed.kind == "unreachable"
 
@@ -459,7 +464,7 @@ def test_progress_is_told_a_few_times_a_second_and_only_grows(repository: Reposi
 def test_it_ends_when_nobody_listens_any_more_also_while_it_waits(node: Node) -> None:
     with silent_registry() as address:
         builder = Builder(node.order(f"{address}/a"))
-        builder.channel.receive(60)
+        builder.channel.receive(TIMEOUT_S)
         begun = time.monotonic()
         assert builder.wait() == 0
         assert time.monotonic() - begun < 30  # the registry is asked for longer

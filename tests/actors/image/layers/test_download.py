@@ -15,6 +15,8 @@ from actors.image.registry.repository import Registry
 from tests.actors.image.images import Repository
 from tests.actors.image.proxy import Proxy, silent, status
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 LAYERS = [random.Random(number).randbytes(size) for number, size in enumerate((3 << 20, 100, 40 << 20))]
 
 
@@ -72,7 +74,7 @@ def test_a_build_that_is_over_does_not_wait_for_a_registry_that_is_silent(regist
     begun = time.monotonic()
     with pytest.raises(TimeoutError), Download(registry, wanted):
         raise TimeoutError
-    assert time.monotonic() - begun < 4.5  # before it would first ask again
+    assert time.monotonic() - begun < 45  # before it would first ask again
 
 
 def test_after_damage_the_registry_is_free_again(registry: Registry) -> None:

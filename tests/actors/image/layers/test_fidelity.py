@@ -627,7 +627,7 @@ def umoci(repository: Repository, manifest: str, at: Path) -> Path:
     }
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
     unpack = ["umoci", "unpack", "--image", f"{layout}:latest", str(at / "bundle")]
-    subprocess.run(unpack, check=True, capture_output=True, text=True, timeout=60)
+    subprocess.run(unpack, check=True, capture_output=True, text=True, timeout=300)
     return at / "bundle/rootfs"
 
 
@@ -719,7 +719,7 @@ def test_zstd_as_skopeo_writes_it(format: str, repository: Repository, node: Nod
     layer = tar(directory("d"), member("d/big", big), *(member(f"d/{number}", b"%d" % number * 999) for number in range(50)))
     repository.push(layer, architecture="amd64", tag="gzip")
     copy = ["skopeo", "copy", "-q", "--src-tls-verify=false", "--dest-compress", "--dest-compress-format", format]
-    subprocess.run([*copy, f"docker://{repository.reference('gzip')}", f"dir:{tmp_path / 'dir'}"], check=True, timeout=60)
+    subprocess.run([*copy, f"docker://{repository.reference('gzip')}", f"dir:{tmp_path / 'dir'}"], check=True, timeout=300)
     document = json.loads((tmp_path / "dir/manifest.json").read_bytes())
     for blob in (document["config"], *document["layers"]):
         repository.push_blob((tmp_path / "dir" / blob["digest"].removeprefix("sha256:")).read_bytes())

@@ -42,6 +42,8 @@ from tests.actors.image.layers.tables import CHUNKED, STARGZ, Entry, Tabled, est
 from tests.actors.image.lazy.image import Image, damaged, read, running
 from tests.actors.image.proxy import Proxy, without_ranges
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 MIB = 1 << 20
 NOISE = random.Random(5).randbytes(9 * MIB)
 XATTRS = {
@@ -196,7 +198,7 @@ def test_zstd_chunked_as_skopeo_writes_it(repository: Repository, proxy: Proxy, 
     members = [item for item in HURT if not item[0].name.startswith("./")]
     repository.push(tar(*members), tar(*UPPER), architecture="amd64", tag="gzip")
     copy = ["skopeo", "copy", "-q", "--src-tls-verify=false", "--dest-compress", "--dest-compress-format", "zstd:chunked"]
-    subprocess.run([*copy, f"docker://{repository.reference('gzip')}", f"dir:{tmp_path / 'dir'}"], check=True, timeout=60)
+    subprocess.run([*copy, f"docker://{repository.reference('gzip')}", f"dir:{tmp_path / 'dir'}"], check=True, timeout=300)
     document = json.loads((tmp_path / "dir/manifest.json").read_bytes())
     for blob in (document["config"], *document["layers"]):
         repository.push_blob((tmp_path / "dir" / blob["digest"].removeprefix("sha256:")).read_bytes())

@@ -50,6 +50,8 @@ NAME = digest(BLOB)
 WHOLE = Descriptor(NAME, len(BLOB))
 AMD64 = Platform("linux", "amd64")
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 
 @pytest.fixture
 def proxy(registry: RunningRegistry) -> Iterator[Proxy]:
@@ -70,12 +72,6 @@ def image(repository: Repository) -> Repository:
     repository.push_blob(BLOB)
     repository.push(tar(member("a", b"1")), architecture="amd64")
     return repository
-
-
-@pytest.fixture(autouse=True)
-def unknown_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is known of any host's speed."""
-    monkeypatch.setattr(patience, "RATES", Rates())
 
 
 @pytest.fixture
@@ -104,12 +100,34 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
     return make
 
 
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def through(proxy: Proxy, image: Repository, login: Login | None = None, **more: object) -> Registry:
     return Registry(Reference.parse(f"{proxy.address}/{image.name}"), login, **more)  # type: ignore[arg-type]
 
 
 def read_all(registry: Registry) -> bytes:
     return b"".join(registry.blob(WHOLE))
+
+
+def ends_of_pieces(registry: Registry) -> set[int]:
+    """Read all of the blob → where its pieces ended, and so where one may go on; 0 among them."""
+    got, ends = bytearray(), {0}
+    for piece in registry.blob(WHOLE):
+        got += piece
+        ends.add(len(got))
+    assert got == BLOB
+    return ends
+
+
+def begins_of(proxy: Proxy) -> list[int]:
+    """Where the answers were to begin that the blob was asked for in."""
+    return [exchange.range[0] if exchange.range else 0 for exchange in proxy.seen("/blobs/")]
 
 
 def read_in_ranges(registry: Registry, count: int = 16) -> bytes:
@@ -307,10 +325,7 @@ def test_a_helper_dies_with_whoever_asked_it(helper: Callable[[str], None], tmp_
     helper(f"echo $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid; exec sleep 100")
     code = "from actors.image.registry.credentials import helper_login; helper_login('test', 'r.example')"
     asker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[4])
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until((tmp_path / "pid").exists)
     watched = os.pidfd_open(int((tmp_path / "pid").read_text()))
     asker.send_signal(signal.SIGKILL)
     asker.wait(60)
@@ -377,7 +392,9 @@ def test_ranges_come_from_a_registry_that_knows_none(proxy: Proxy, image: Reposi
     proxy.on("/blobs/", without_ranges)
     with through(proxy, image) as registry:
         assert read_in_ranges(registry, 8) == BLOB
+        proxy.behave()
         proxy.on("/blobs/", cut(500_000), times=1)
+        proxy.on("/blobs/", without_ranges)
         assert read_all(registry) == BLOB
 
 
@@ -424,10 +441,11 @@ def test_a_registry_that_wants_us_to_wait_is_asked_again_then_and_not_before(
     came: list[float] = []
 
     def refuse(exchange: Exchange) -> None:
-        came.append(time.time())
+        came.append(time.monotonic())
+        second = int(time.time())
         # A date has whole seconds; the server's own clock is an hour ahead.
-        when = email.utils.formatdate(int(time.time()) + 3602, usegmt=True)
-        now = email.utils.formatdate(int(time.time()) + 3600, usegmt=True)
+        when = email.utils.formatdate(second + 3602, usegmt=True)
+        now = email.utils.formatdate(second + 3600, usegmt=True)
         headers = {"Retry_After": "2"} if form == "seconds" else {"Retry_After": when}
         exchange.handler.date_time_string = lambda: now
         exchange.answer(429, b"{}", **headers)
@@ -435,7 +453,7 @@ def test_a_registry_that_wants_us_to_wait_is_asked_again_then_and_not_before(
     proxy.on("/blobs/", refuse, times=1)
     with through(proxy, image) as registry:
         assert registry.read_range(NAME, 0, 10) == BLOB[:10]
-    assert 1.9 < time.time() - came[0] < 20
+    assert 1.9 < time.monotonic() - came[0] < 60
     assert len(proxy.seen("/blobs/")) == 2
 
 
@@ -445,10 +463,10 @@ def test_a_registry_that_wants_us_to_wait_for_too_long_is_an_error_at_once(proxy
     with through(proxy, image) as registry, pytest.raises(RegistryUnreachable, match="429.*in 3600 s"):
         registry.read_range(NAME, 0, 10)
     proxy.behave()
-    proxy.on("/blobs/", status(429, Retry_After="10"))
-    with through(proxy, image) as registry, pytest.raises(RegistryUnreachable, match="429.*in 10 s"):
-        registry.read_range(NAME, 0, 10, timeout_s=2)
-    assert time.monotonic() - begun < 9
+    proxy.on("/blobs/", status(429, Retry_After="30"))
+    with through(proxy, image) as registry, pytest.raises(RegistryUnreachable, match="429.*in 30 s"):
+        registry.read_range(NAME, 0, 10, timeout_s=25)
+    assert time.monotonic() - begun < 20  # it has waited for neither
 
 
 def test_what_retry_after_says() -> None:
@@ -464,26 +482,27 @@ def test_what_retry_after_says() -> None:
 
 
 def test_a_silent_connection_is_given_up_for_another(proxy: Proxy, image: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (0.3, 0.6, 1.2, 2.4))
+    monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (0.3, 0.6, 60.0, 60.0))
     proxy.on("/blobs/", silent(), times=2)
     with through(proxy, image) as registry:
         begun = time.monotonic()
         assert registry.read_range(NAME, 0, 10) == BLOB[:10]
-        assert 0.8 < time.monotonic() - begun < 4.5  # and not the five seconds of a first answer
+        assert 0.8 < time.monotonic() - begun < 55  # nor has it waited for any answer as long as for the last
     assert len(proxy.seen("/blobs/")) == 3
 
 
 def test_a_connection_that_stalls_in_the_middle_is_taken_up_where_it_stalled(
     proxy: Proxy, image: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (0.3,) * 4)
+    # A machine that stands for 0.3 s is taken for a registry that stalls, here, sooner than it is told to.
+    monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (0.3, 0.3, 60.0, 60.0))
     proxy.on("/blobs/", stall(400_000), times=2)
     with through(proxy, image) as registry:
-        assert read_all(registry) == BLOB
-    ranges = [exchange.range for exchange in proxy.seen("/blobs/")]
-    assert ranges[0] is None
-    assert len(ranges) == 3
-    assert ranges[1] and ranges[2] and 400_000 <= ranges[1][0] < ranges[2][0]
+        ends = ends_of_pieces(registry)
+    begins = begins_of(proxy)
+    assert len(begins) >= 3
+    assert set(begins) <= ends
+    assert max(begins) > 0
 
 
 def test_a_read_ends_within_its_time_whatever_the_registry_does(proxy: Proxy, image: Repository) -> None:
@@ -493,29 +512,46 @@ def test_a_read_ends_within_its_time_whatever_the_registry_does(proxy: Proxy, im
         begun = time.monotonic()
         with through(proxy, image) as registry, pytest.raises((RegistryUnreachable, RegistryBroken)):
             registry.read_range(NAME, 0, len(BLOB), timeout_s=1)
-        assert time.monotonic() - begun < 4.5  # and not the five seconds that each answer has
+        assert time.monotonic() - begun < 30  # and not the minute that each answer has
 
 
-def test_a_straggler_is_cancelled_and_gone_on_with_on_another_connection(proxy: Proxy, image: Repository) -> None:
+def test_a_straggler_is_cancelled_and_gone_on_with_on_another_connection(
+    proxy: Proxy, image: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[float] = []
+
+    def straggle(exchange: Exchange) -> None:
+        came.append(time.monotonic())
+        throttle(30_000)(exchange)  # half a minute for what takes others milliseconds
+
+    def go_on(exchange: Exchange) -> None:
+        came.append(time.monotonic())
+        monkeypatch.setattr(patience, "SLOW_WINDOW_S", 60.0)  # if this one stops, it is the machine that does
+        exchange.forward()
+
     with through(proxy, image) as registry:
-        assert read_in_ranges(registry, 4) == BLOB  # what is known of the host now: it is fast
+        assert read_in_ranges(registry, 16) == BLOB  # what is known of the host now: it is fast
         proxy.forget()
-        proxy.on("/blobs/", throttle(100_000), times=1)  # ten seconds for what takes others milliseconds
-        begun = time.monotonic()
+        monkeypatch.setattr(patience, "SLOW_WINDOW_S", 2.0)
+        proxy.on("/blobs/", straggle, times=1)
+        proxy.on("/blobs/", go_on)
         assert read_all(registry) == BLOB
-        assert time.monotonic() - begun < 9
     first, second = proxy.seen("/blobs/")
-    assert first.body_bytes < len(BLOB) // 2
-    assert second.range and 150_000 < second.range[0] <= first.body_bytes
+    assert came[1] - came[0] > 2.0
+    assert second.range and 0 < second.range[0] <= first.body_bytes < len(BLOB) // 2
     assert second.body_bytes == len(BLOB) - second.range[0]
 
 
 def test_a_host_that_is_slow_altogether_is_left_alone(proxy: Proxy, image: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "SLOW_WINDOW_S", 0.05)
     proxy.on("/blobs/", throttle(1_000_000))
     with through(proxy, image) as registry:
         assert read_in_ranges(registry, 8) == BLOB
     assert len(proxy.seen("/blobs/")) == 8
+    # As fast as it always is: by the meter alone, for a machine that stands for a moment is slower.
+    monkeypatch.setattr(patience, "SLOW_WINDOW_S", 2.0)
+    meter = Meter(proxy.address, Patience())
+    assert all(meter.took(16 << 10, 0.0164) for _ in range(20_000))
+    assert patience.SLOW_FLOOR_BYTES_PER_S != patience.RATES.slow(proxy.address) < 500_000
 
 
 def test_no_more_than_a_few_connections_are_given_up_as_stragglers(
@@ -529,7 +565,8 @@ def test_no_more_than_a_few_connections_are_given_up_as_stragglers(
     assert len(proxy.seen("/blobs/")) == 1 + patience.STRAGGLERS_MAX
 
 
-def test_the_readers_own_slowness_makes_no_straggler() -> None:
+def test_the_readers_own_slowness_makes_no_straggler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "SLOW_WINDOW_S", 2.0)
     rates = Rates()
     for _ in range(3):
         rates.add("h", 10 << 20, 1.0)
@@ -596,7 +633,8 @@ def test_a_mirror_wants_its_own_login_and_is_never_shown_the_tasks(
 def test_what_a_mirror_does_not_have_or_cannot_do_comes_from_the_next(
     proxy: Proxy, mirror: Proxy, image: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (0.2,) * 4)
+    # A mirror is asked twice at most; the registry may take its time.
+    monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (0.2, 0.2, 60.0, 60.0))
     for misbehaviour in (status(404), status(500), status(403), status(416), silent(), status(302, Location="ftp://x/")):
         mirror.behave()
         mirror.forget()
@@ -604,19 +642,22 @@ def test_what_a_mirror_does_not_have_or_cannot_do_comes_from_the_next(
         with through(proxy, image, mirrors=["127.0.0.1:1", mirror.address]) as registry:
             assert registry.manifest(registry.resolve(AMD64))
             assert read_in_ranges(registry, 4) == BLOB
-        assert mirror.seen()
+            until(mirror.seen)  # it takes notice of a request when it has a processor for that
 
 
 def test_a_mirror_that_breaks_off_in_a_blob_is_left_for_the_registry(
     proxy: Proxy, mirror: Proxy, image: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", (0.2,) * 4)
-    for misbehaviour in (cut(400_000), stall(400_000)):
+    for misbehaviour, answer_timeouts_s in ((cut(400_000), (60.0,) * 4), (stall(400_000), (2.0, 60.0, 60.0, 60.0))):
+        monkeypatch.setattr(patience, "ANSWER_TIMEOUTS_S", answer_timeouts_s)
         mirror.behave()
         mirror.on("/blobs/", misbehaviour)
+        proxy.forget()
         with through(proxy, image, mirrors=[mirror.address]) as registry:
-            assert read_all(registry) == BLOB
-    assert [exchange.range is not None and exchange.range[0] >= 400_000 for exchange in proxy.seen()] == [True, True]
+            ends = ends_of_pieces(registry)
+        begins = begins_of(proxy)
+        assert begins
+        assert set(begins) <= ends - {0}
 
 
 def test_a_mirror_with_another_content_is_not_believed(proxy: Proxy, mirror: Proxy, image: Repository) -> None:
@@ -681,7 +722,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-out",
         f"{path}.crt",
     ]
-    subprocess.run(make, check=True, capture_output=True, timeout=60)
+    subprocess.run(make, check=True, capture_output=True, timeout=300)
     path.write_bytes(path.read_bytes() + Path(f"{path}.crt").read_bytes())
     return path
 

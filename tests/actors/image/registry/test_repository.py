@@ -44,6 +44,8 @@ AMD64 = Platform("linux", "amd64")
 BLOB = bytes(range(256)) * 4096  # 1 MiB
 LAYER = tar(member("a", b"1"))
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 
 def descriptor(**fields: Any) -> dict[str, Any]:
     return {"digest": "sha256:" + "0" * 64, "size": 1, "mediaType": f"{OCI}.layer.v1.tar", **fields}
@@ -255,7 +257,7 @@ def test_an_image_that_skopeo_copied_is_found(repository: Repository, tmp_path: 
     repository.push(LAYER, architecture="amd64")
     copy = ["skopeo", "copy", "-q", "--src-tls-verify=false", "--dest-tls-verify=false"]
     source, target = (f"docker://{repository.reference(tag)}" for tag in ("latest", "docker"))
-    subprocess.run([*copy, "--format=v2s2", source, target], check=True, timeout=60)
+    subprocess.run([*copy, "--format=v2s2", source, target], check=True, timeout=300)
     with opened(repository, "docker") as registry:
         manifest = registry.manifest(registry.resolve(AMD64))
         assert manifest.layers[0].media_type == "application/vnd.docker.image.rootfs.diff.tar.gzip"
