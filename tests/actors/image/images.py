@@ -16,6 +16,7 @@ import urllib3
 
 Member = tuple[tarfile.TarInfo, bytes]
 OCI = "application/vnd.oci.image"
+PUSH_TIMEOUT_S = 300.0  # for each answer: a registry on a slow disk takes its time, and urllib3 has but 3 s for it by itself
 
 
 def member(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields: Any) -> Member:
@@ -69,8 +70,8 @@ class Repository:
 
     def push_blob(self, data: bytes) -> dict[str, Any]:
         """Its descriptor, without a media type."""
-        place = urllib3.request("POST", f"{self.url}/blobs/uploads/").headers["Location"]
-        answer = urllib3.request("PUT", f"{place}&digest={digest(data)}", body=data)
+        place = urllib3.request("POST", f"{self.url}/blobs/uploads/", timeout=PUSH_TIMEOUT_S).headers["Location"]
+        answer = urllib3.request("PUT", f"{place}&digest={digest(data)}", body=data, timeout=PUSH_TIMEOUT_S)
         assert answer.status == 201, answer.data
         return {"digest": digest(data), "size": len(data)}
 
@@ -78,7 +79,9 @@ class Repository:
         """Its descriptor."""
         body = json.dumps(document).encode()
         kind = document["mediaType"]
-        answer = urllib3.request("PUT", f"{self.url}/manifests/{name}", body=body, headers={"Content-Type": kind})
+        answer = urllib3.request(
+            "PUT", f"{self.url}/manifests/{name}", body=body, headers={"Content-Type": kind}, timeout=PUSH_TIMEOUT_S
+        )
         assert answer.status == 201, answer.data
         return {"digest": digest(body), "size": len(body), "mediaType": kind}
 

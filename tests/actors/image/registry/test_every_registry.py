@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import functools
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from actors.image.registry.patience import Meter, Patience, Rates, retry_after_s
 from actors.image.registry.reference import Reference
 from actors.image.registry.repository import Registry
 from actors.image.wire import BuildImage, Built
-from tests.actors.image.images import Repository, RunningRegistry, digest, member, tar
+from tests.actors.image.images import PUSH_TIMEOUT_S, Repository, RunningRegistry, digest, member, tar
 from tests.actors.image.proxy import (
     Exchange,
     Proxy,
@@ -195,9 +196,9 @@ def test_basic_credentials_of_a_real_registry_are_renewed_in_mid_run(
     running = RunningRegistry(tmp_path / "home", f"auth: {{htpasswd: {{realm: r, path: {users}}}}}")
     try:
         docker_config(auths={running.address: {"username": "me", "password": "old"}})
-        known = {"Authorization": Login("me", "old").basic}
-        place = urllib3.request("POST", f"http://{running.address}/v2/a/blobs/uploads/", headers=known).headers["Location"]
-        assert urllib3.request("PUT", f"{place}&digest={NAME}", body=BLOB, headers=known).status == 201
+        ask = functools.partial(urllib3.request, headers={"Authorization": Login("me", "old").basic}, timeout=PUSH_TIMEOUT_S)
+        place = ask("POST", f"http://{running.address}/v2/a/blobs/uploads/").headers["Location"]
+        assert ask("PUT", f"{place}&digest={NAME}", body=BLOB).status == 201
         with Registry(Reference.parse(f"{running.address}/a")) as registry:
             assert registry.read_range(NAME, 0, 10) == BLOB[:10]
             accept("new")
