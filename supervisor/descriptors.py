@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from loguru import logger
@@ -42,7 +43,7 @@ from supervisor.keeping import (
 )
 from supervisor.lockfile import sign_of
 from supervisor.orders import Orders, Standing
-from supervisor.pidfd import is_stopped, open_pidfd, signal_process, wait_ended
+from supervisor.pidfd import is_stopped, open_pidfd, signal_process, wait_ended, waits_for_disk
 from supervisor.pulse import Pulse
 from supervisor.rules import What
 from supervisor.sockets import connect_to
@@ -281,7 +282,8 @@ class Descriptors:
             if self._keeper is None or self._pulse is None or not lock_beside(self._path).exists():
                 return  # in the last case somebody has deleted the lock: where it beats now, nobody sees
             stopped = not self._pulse.begun and is_stopped(self._keeper_pidfd)
-            number = self._pulse.look(sign_of(lock_beside(self._path)), time.monotonic(), stopped)
+            at_disk = partial(waits_for_disk, self._keeper_pidfd)
+            number = self._pulse.look(sign_of(lock_beside(self._path)), time.monotonic(), stopped, at_disk)
             if number is not None:
                 logger.warning("the keeper hangs; it is ended")
                 signal_process(self._keeper_pidfd, number)

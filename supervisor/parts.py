@@ -7,10 +7,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from supervisor.lockfile import holder_of, sign_of
-from supervisor.pidfd import is_stopped, open_pidfd, signal_process, wait_ended, wait_status
+from supervisor.pidfd import is_stopped, open_pidfd, signal_process, wait_ended, wait_status, waits_for_disk
 from supervisor.pulse import Pulse
 from supervisor.restarts import Backoff
 
@@ -66,7 +67,8 @@ class Part:
         self._has_signed |= sign.pid == self.pid
         if self._has_signed and not sign.pid:
             return False  # somebody has deleted the lock: where it beats now, nobody sees
-        number = self._pulse.look(sign, now_s, stopped=not self._pulse.begun and is_stopped(self.pidfd))
+        stopped = not self._pulse.begun and is_stopped(self.pidfd)
+        number = self._pulse.look(sign, now_s, stopped, partial(waits_for_disk, self.pidfd))
         if number is not None:
             self.signal(number)
         return number is not None

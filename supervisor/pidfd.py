@@ -119,8 +119,13 @@ def is_asleep(pidfd: int) -> bool:
 
 
 def waits_for_disk(pidfd: int) -> bool:
-    """Whether the process waits, in its first thread, for what no signal interrupts: a disk, most likely."""
-    return _state(pidfd) == "D"
+    """Whether a thread of the process waits for what no signal interrupts: a disk, most likely."""
+    pid = pid_of(pidfd)
+    try:
+        found = pid is not None and any(_stat(f"{pid}/task/{thread}")[0] == "D" for thread in os.listdir(f"/proc/{pid}/task"))
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it, or one of its threads, has just ended
+    return found and pid_of(pidfd) == pid
 
 
 def set_child_subreaper() -> None:
@@ -175,7 +180,7 @@ def pid_of(pidfd: int) -> int | None:
     return pid if pid > 0 else None
 
 
-def _stat(pid: int) -> list[str]:
+def _stat(pid: int | str) -> list[str]:
     """/proc/PID/stat from its third field on; the second, in brackets, may hold anything, brackets and spaces included."""
     try:
         with open(f"/proc/{pid}/stat", errors="replace") as file:

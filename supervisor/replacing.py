@@ -14,6 +14,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from inotify_simple import INotify, flags
@@ -26,7 +27,7 @@ from supervisor.keeping import Stand
 from supervisor.lockfile import sign_of
 from supervisor.orders import Orders, Standing
 from supervisor.parts import how
-from supervisor.pidfd import pid_of, same_process, signal_process, wait_status
+from supervisor.pidfd import pid_of, same_process, signal_process, wait_status, waits_for_disk
 from supervisor.pulse import LOOK_S, Pulse
 from supervisor.replacements import Gone, Replacements
 
@@ -69,7 +70,8 @@ class _Post:
 
     def look(self, now_s: float) -> None:
         """Has its event loop turned?  If not for too long, it is told to say where it is, and then killed."""
-        number = self.pulse.look(sign_of(Path(self.standing.order.lock)), now_s)
+        at_disk = partial(waits_for_disk, self.standing.pidfd)
+        number = self.pulse.look(sign_of(Path(self.standing.order.lock)), now_s, waits_for_disk=at_disk)
         if number is not None:
             self.hung = True
             signal_process(self.standing.pidfd, number)

@@ -23,6 +23,7 @@ from supervisor.exits import Cause, Exit, of_code
 from supervisor.frames import Message
 from supervisor.isolation import Process
 from supervisor.pidfd import wait_status, waits_for_disk
+from supervisor.pulse import DISK_S
 from supervisor.rules import What
 from supervisor.watch import Watcher
 
@@ -33,8 +34,6 @@ LOOKS = 4  # in that time
 SEND_S = 0.5
 LOOK_AGAIN_S = 0.2
 DUMP_S = 0.2  # between SIGABRT, at which it says where it hangs, and SIGKILL
-# One that waits for a disk is not hung: killed, it would end no sooner, and the next one would wait for the same.  But not for ever.
-DISK_S = 60.0
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
+from operator import lt
 
 import pytest
 
 from supervisor.lockfile import Sign
-from supervisor.pulse import BEGIN_S, DUMP_S, LATE_S, LOOK_S, SILENCE_S, Pulse
+from supervisor.pulse import BEGIN_S, DISK_S, DUMP_S, LATE_S, LOOK_S, SILENCE_S, Pulse
 
 PID = 7
 
@@ -65,6 +67,15 @@ def test_who_was_stopped_for_a_moment_goes_on_beginning() -> None:
     pulse = Pulse(PID, 0.0)
     moments = [number * LOOK_S for number in range(int(BEGIN_S / LOOK_S))]
     assert not any(pulse.look(Sign(PID, 0), moment, stopped=int(moment / LOOK_S) % 5 == 0) for moment in moments)
+
+
+def test_who_waits_for_a_disk_has_time_but_not_for_ever() -> None:
+    def first_sent_s(disk_until_s: float) -> float:
+        pulse, moments = Pulse(PID, 0.0), [number * LOOK_S for number in range(int(2 * DISK_S / LOOK_S))]
+        return next(now for now in moments if pulse.look(Sign(PID, 1), now, waits_for_disk=partial(lt, now, disk_until_s)))
+
+    assert 20 <= first_sent_s(20) <= 20 + SILENCE_S + 3 * LOOK_S
+    assert DISK_S <= first_sent_s(1000) <= DISK_S + 3 * SILENCE_S
 
 
 @pytest.mark.parametrize("slept_s", [LATE_S + LOOK_S, 100.0])
