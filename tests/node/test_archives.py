@@ -115,7 +115,7 @@ def test_a_daemon_that_is_killed_while_archives_go_lets_them_go_when_it_starts_a
         archives = Archives(daemon, proxy)
         archives.make()
     archives.age()
-    proxy.on("/archive-a/blobs/", silent(600))  # whether it could be made again is asked for before it goes
+    proxy.on("/archive-./blobs/", silent(600))  # whether it could be made again is asked for before it goes
     proxy.forget()
     with capped(tmp_path) as daemon:  # looks at them when it starts
         archives.of(daemon)
