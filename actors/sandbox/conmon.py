@@ -139,9 +139,17 @@ def find(container: Container) -> Created | None:
             opened.callback(os.close, first)
             # The pid may be another's by now; whose child the first process is, no other is.
             parent = int(Path(f"/proc/{found.container_pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ValueError, ProcessLookupError):  # crun makes the file first, and then writes into it
             return None
         return found if parent == found.conmon_pid and not has_ended(first) else None
+
+
+def is_created(container: Container) -> bool:
+    """Whether the runtime has written down the container's first process, dead or alive."""
+    try:
+        return container.pid_file.stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def waits(container: Container) -> bool:

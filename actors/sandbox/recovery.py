@@ -94,7 +94,7 @@ def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) ->
         # the container's pipes, when it finds that nobody listens.
         return _anew(services, task, found, attempt)
     if not is_held and not _collect(services, task, attempt):
-        is_created = attempt.container.pid_file.exists()
+        is_created = conmon.is_created(attempt.container)
         if is_created:
             conmon.wait_written(attempt.container, WRITTEN_S)
         if (code := conmon.exit_code(attempt.container)) is not None:

@@ -24,6 +24,7 @@ from tests.node.daemon import PATIENCE_S, Daemon, in_place_of, running, state_of
 from tests.node.test_tasks import stop
 
 LINES = 300
+WAIT = 200  # at this line the task waits, lest it ends before it is struck at
 TRIES = 10  # until the machine does not stand still in between
 BIG_BYTES = 24 << 20
 SCRIPT = """
@@ -34,6 +35,7 @@ while [ $i -lt {lines} ]; do
     [ "$(md5sum < big)" = "{digest}  -" ] || echo WRONG
     echo $i >> written || echo WRONG
   fi
+  [ $i -ne {wait} ] || until [ -e go ]; do sleep 0.02; done
 done
 exit 7
 """
@@ -48,16 +50,20 @@ def daemon(tmp_path: Path, image: str) -> Iterator[Daemon]:
 
 @pytest.fixture
 def task(daemon: Daemon) -> str:
-    """A task in full swing."""
+    """A task in full swing, to be let go when it has been struck at."""
     store = daemon.state / "workspaces" / "work"
     store.mkdir(mode=0o755)
     content = os.urandom(BIG_BYTES)
     (store / "big").write_bytes(content)
     for path in (store, store / "big"):
         os.chown(path, 1000, 1000)
-    task = daemon.submit(SCRIPT.format(lines=LINES, digest=hashlib.md5(content).hexdigest()), workspace="work")
+    task = daemon.submit(SCRIPT.format(lines=LINES, wait=WAIT, digest=hashlib.md5(content).hexdigest()), workspace="work")
     wait_for_lines(daemon, task, 60)
     return task
+
+
+def let_go(daemon: Daemon, task: str) -> None:
+    (daemon.run_dir / "tasks" / task / "workspace/go").touch()
 
 
 def wait_for_lines(daemon: Daemon, task: str, count: int) -> None:
@@ -78,6 +84,7 @@ def wait_for_lines(daemon: Daemon, task: str, count: int) -> None:
 
 def check(daemon: Daemon, task: str, gaps: int = 0) -> None:
     """The invariants of a task that was in full swing."""
+    let_go(daemon, task)
     result = daemon.result(task)
     stdout, stderr = daemon.logs(task)
     assert stdout.decode().splitlines() == [f"out {number}" for number in range(1, LINES + 1)]
@@ -125,6 +132,7 @@ def test_a_killed_process_costs_the_task_nothing(daemon: Daemon, task: str, name
 
 def test_a_killed_conmon_costs_at_most_what_it_held_and_a_record_says_so(daemon: Daemon, task: str) -> None:
     strike(daemon, f"conmon {task}")
+    let_go(daemon, task)
     result = daemon.result(task)
     stdout, stderr = daemon.logs(task)
     for stream, word in ((stdout, "out"), (stderr, "err")):
@@ -203,6 +211,25 @@ def test_a_conmon_that_found_nobody_to_tell_that_it_has_created_costs_no_output(
         assert (result.state, result.exit_code, result.error, result.gaps) == ("stopped", 7, None, 0)
         assert daemon.logs(task) == (b"out\n", b"err\n")
         assert (daemon.state / "workspaces/work/ran").read_text() == "ran\n"
+
+
+def test_a_runtime_that_was_about_to_write_down_its_container_is_called_again(tmp_path: Path, image: str) -> None:
+    """crun makes the file first, and writes the pid then: who finds it empty finds no container."""
+    met = tmp_path / "met"
+    act = f'[ -e {met} ] || {{ while [ "$1" != --pid-file ]; do shift; done; : > "$2"; : > {met}; exec sleep 1000; }}'
+    path = in_place_of("crun", tmp_path, f'case " $* " in *" create "*) {act};; esac\nexec $program "$@"')
+    (tmp_path / "node").mkdir()
+    with running(tmp_path / "node", image, PATH=path) as daemon:
+        task = daemon.submit("echo ran >> ran; exit 7", workspace="work")
+        deadline = time.monotonic() + PATIENCE_S
+        while not met.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        strike(daemon, "root supervisor")
+        result = daemon.result(task)
+        assert (result.state, result.exit_code, result.error) == ("stopped", 7, None)
+        assert (daemon.state / "workspaces/work/ran").read_text() == "ran\n"
+        assert daemon.own_faults() == []
 
 
 def test_a_stopped_conmon_goes_on(daemon: Daemon, task: str) -> None:
@@ -330,7 +357,7 @@ def test_a_kill_while_a_mount_has_no_server_yet(daemon: Daemon, waiting: str, na
                 file.unlink()
     if "keeper" in names:
         daemon.start()
-    (daemon.run_dir / "tasks" / waiting / "workspace/go").touch()
+    let_go(daemon, waiting)
     result = daemon.result(waiting)
     assert daemon.logs(waiting)[0] == b"begun\nsmall\nother\n", (result, daemon.logs(waiting))
     assert (result.state, result.exit_code, result.sync) == ("stopped", 7, "synced")
@@ -364,9 +391,10 @@ SLOW_DISK = r"""
 #include <unistd.h>
 
 int fsync(int file) {
-    struct timespec left = {5, 500000000};
+    static struct timespec left = {5, 500000000}; /* the first time */
     while (nanosleep(&left, &left))
         ;
+    left.tv_sec = left.tv_nsec = 0;
     return 0;
 }
 """
