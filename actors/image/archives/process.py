@@ -33,12 +33,15 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
     order: BuildImage = channel.codec.decode(arguments)
     build = Build(order)
     deadline = time.monotonic() + order.time_max_s
+    # There is somebody to take what `pulse` raises.  It is unset before anything is called, which is when a signal comes in: the timer may
+    # run out again while the build is being given up, and then where nothing is expected any more.
+    is_bounded = True
 
     def pulse(number: int, frame: types.FrameType | None) -> None:
         # A timer's signal, because it comes in any phase: while the registry is silent, and inside a long walk of a
         # hostile layer.  What it raises comes out of whatever the build was doing; a destructor would swallow it, and
         # then it is raised again.
-        if time.monotonic() > deadline:
+        if is_bounded and time.monotonic() > deadline:
             raise OverBounds(f"{order.reference}: not complete after {order.time_max_s:g} s, the bound on this node")
         try:
             channel.send(build.progress(), timeout_s=0)
@@ -51,7 +54,9 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
         try:
             signal.setitimer(signal.ITIMER_REAL, PULSE_S, PULSE_S)
             answer: Resolved | Built | BuildFailed = build.run()
+            is_bounded = False
         except ImageError as error:
+            is_bounded = False
             answer = BuildFailed(error.kind, str(error))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -60,9 +65,12 @@ def serve(end: socket.socket, descriptors: list[int], arguments: bytes) -> None:
             return
         deadline = time.monotonic() + order.time_max_s
         try:
+            is_bounded = True
             signal.setitimer(signal.ITIMER_REAL, PULSE_S, PULSE_S)
             shared = build.share(answer)
+            is_bounded = False
         except OverBounds as error:
+            is_bounded = False
             shared = Shared(False, str(error))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.image.archives import process as builder_process
 from actors.image.archives.archive import Archive
 from actors.image.wire import BuildFailed, Built, Progress, Resolved
 from actors.lazytree.objects import Objects
@@ -302,6 +303,16 @@ def test_a_build_that_takes_too_long_ends_also_while_it_waits(node: Node) -> Non
     assert failed.kind == "bounds"
     assert "0.4 s" in failed.error
     assert time.monotonic() - begun < 30  # the registry is asked for longer
+
+
+def test_a_time_that_is_over_is_told_though_it_is_looked_at_again_meanwhile(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that stands still just when the build is given up: the timer has run out again before it is stopped."""
+    monkeypatch.setattr(builder_process, "PULSE_S", 0.0001)
+    with silent_registry() as address:
+        for _ in range(25):
+            assert node.failed(f"{address}/a", time_max_s=0.01).kind == "bounds"
 
 
 @pytest.mark.parametrize("full", ["cache", "archives"])
