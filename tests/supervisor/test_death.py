@@ -130,9 +130,12 @@ def test_a_process_that_is_stopped_is_replaced_within_five_seconds_by_default(bo
 
 def process_with_pid(wanted: int) -> subprocess.Popen[bytes] | None:
     """A new process that has that number; None when somebody else has taken it: others start processes, and threads, as well."""
+    last = Path("/proc/sys/kernel/ns_last_pid")
     for _ in range(10):
-        Path("/proc/sys/kernel/ns_last_pid").write_text(str(wanted - 1))
+        before = last.read_text()
+        last.write_text(str(wanted - 1))
         process = subprocess.Popen(["/bin/sleep", "60"])
+        last.write_text(before)  # nobody else is to get the number of one that has just ended
         if process.pid == wanted:
             return process
         process.kill()

@@ -77,6 +77,7 @@ def test_the_fork_server_is_started_again_and_its_processes_live_on(daemon: Daem
     pid, pidfd, channel = isolated(daemon)
     channel.receive(60)
     server = daemon.state().fork_server_pid
+    wait_for_spare(server)
     kill(server)
     second_pid, second_pidfd, second = isolated(daemon)  # waits for the next one
     assert second.receive(60)[0].text == "hello"
@@ -314,10 +315,7 @@ def test_parts_have_nothing_of_who_started_the_keeper(daemon: Daemon, tmp_path: 
     daemon.started.append(keeper)
     pipe = os.readlink(f"/proc/self/fd/{reader}")
     for pid in (daemon.ask().pid, daemon.state().fork_server_pid):
-        opened = set()
-        for path in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it has just closed that
-                opened.add(os.readlink(path))
+        opened = opened_by(pid)
         assert opened and pipe not in opened
     os.close(reader)
     os.close(writer)
@@ -379,6 +377,26 @@ def test_a_keeper_that_hangs_with_its_root_supervisor_is_taken_the_place_of(daem
     assert first.wait(60) == -signal.SIGKILL
     daemon.state(lambda state: state.pid == second.pid and state.root_restarts == 1)
     assert daemon.ask().pid != root
+
+
+def wait_for_spare(server: int) -> None:
+    """Until the fork server has one that has closed its copy of the lock: a server that was started before that would end again."""
+    deadline = time.monotonic() + 60
+    while True:
+        for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                name, opened = Path(f"/proc/{pid}/comm").read_text(), opened_by(int(pid))
+                if name == "spare\n" and not any("lock" in path for path in opened):
+                    return
+        assert time.monotonic() < deadline
+
+
+def opened_by(pid: int) -> set[str]:
+    opened = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it has just closed that
+            opened.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return opened
 
 
 def wait_for_beat(lock: Path) -> None:

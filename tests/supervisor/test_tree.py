@@ -592,7 +592,7 @@ def test_a_child_that_makes_no_progress_is_dumped_left_behind_and_replaced(
 ) -> None:
     entered, go, hung = threading.Event(), threading.Event(), Log()
     grove.system.left_behind = hung
-    top = grove.plant(spec := ChildSpec("a", lambda: Puppet(grove.system, "a", grove.log), progress_s=0.4))
+    top = grove.plant(spec := ChildSpec("a", lambda: Puppet(grove.system, "a", grove.log), progress_s=1.0))
     first = grove.ask("a", incarnation)[1]
     late = Log()
 
