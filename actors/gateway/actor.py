@@ -109,6 +109,13 @@ class _WaitOver:
     task: str
 
 
+@dataclass(frozen=True)
+class _Removal:
+    """Of tasks that the retention no longer keeps: rows and logs."""
+
+    tasks: list[str]
+
+
 class _DrainOver(Message, frozen=True):
     pass
 
@@ -130,6 +137,9 @@ class GatewayActor(Actor):
         self._draining: list[Any] = []
         self._closed = False
         self._retention = Retention(services)
+        self._expired: set[str] = (
+            set()
+        )  # tasks that are being removed, and known until they are: their ids may be used again then
         self._bridge = LocalBridge(listener, settings.connections, self._arrived)
 
     def _arrived(self, client: int, request: Request) -> None:
@@ -186,8 +196,8 @@ class GatewayActor(Actor):
                 self._bridge.send(client, TreeShown(request, keeper))
             case WorkFailed(("tree", client, request), error):
                 self._bridge.send(client, Failed(request, "internal", f"the tree could not be drawn: {error}"))
-            case WorkFailed(key, error):
-                logger.error("{} failed: {}", key, error)
+            case Worked(_Removal(tasks)) | WorkFailed(_Removal(tasks)):
+                self._removed(tasks, message)
             case _Janitor():
                 self._prune(message)
             case Drain(timeout_s):
@@ -420,15 +430,24 @@ class GatewayActor(Actor):
                 self._bridge.send(client, Progress(asked.request, text))
 
     def _prune(self, message: _Janitor) -> None:
-        """Forget what the retention no longer keeps: rows, logs, and the place in the list."""
+        """Forget what the retention no longer keeps: rows, logs, and then the place in the list."""
         if message.tasks_ended:
             self._will_prune = False
         else:
             self.after(JANITOR_S, message)
-        expired = self._retention.expired(self._ledger)
+        expired = [task for task in self._retention.expired(self._ledger) if task not in self._expired]
         if expired:
-            self._ledger.forget(expired)
-            self.work(("prune", len(expired)), self._retention.remove, expired)
+            self._expired.update(expired)
+            self.work(_Removal(expired), self._retention.remove, expired)
+
+    def _removed(self, tasks: list[str], done: Worked | WorkFailed) -> None:
+        self._expired.difference_update(tasks)
+        if isinstance(done, Worked):
+            self._ledger.forget(tasks)
+        else:
+            logger.error(
+                "{} tasks have reached their retention and cannot be removed, trying again: {}", len(tasks), done.error
+            )
 
     # --- images ---
 

@@ -366,3 +366,23 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def test_an_id_may_be_used_again_as_soon_as_it_is_forgotten(tmp_path: Path, image: str) -> None:
+    with running(tmp_path, image, AERIE_GATEWAY_RESULTS_MAX="1") as daemon:
+        for number in range(12):
+            # One result is kept: as soon as two tasks are over and a third one ends, the first is forgotten.
+            task, deadline = f"task-{number % 3}", time.monotonic() + PATIENCE_S
+            while True:
+                try:
+                    daemon.submit(f"echo {number}; sleep 60", task=task)
+                    break
+                except RequestFailed as failed:
+                    assert failed.kind == "conflict", failed
+                    assert time.monotonic() < deadline, "it is forgotten"
+            daemon.wait_printed(task, b"%d\n" % number)
+            while os.listdir(daemon.run_dir / "tasks") != [task]:
+                assert time.monotonic() < deadline, "the one before is over"
+                time.sleep(0.005)
+            daemon.client.send(Stop(daemon.client.number(), task, True))
+        assert daemon.result(task).reason == "cancelled"
