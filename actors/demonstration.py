@@ -34,7 +34,7 @@ EXIT_INTERRUPTED: Final = 130
 ENDS_WITH_US: Final = ("setpriv", "--pdeathsig")
 PROGRAM: Final = Path(__file__).resolve().parent.parent / "run.py"
 DAEMON_END_S: Final = 60.0
-REGISTRY_END_S: Final = 10.0
+REGISTRY_END_S: Final = 60.0
 APPLETS: Final = ("cat", "date", "echo", "head", "id", "ls", "mkdir", "sh", "sleep", "true", "uname", "wc")
 TASK: Final = """\
 echo "uid $(id -u) in $(pwd), on $(head -n 1 /etc/os-release)"
@@ -154,7 +154,7 @@ class Demonstration:
                 pass_fds=[self._lock],
             )
         try:
-            self._call("wait", "--timeout", "30s")
+            self._call("wait", "--timeout", "2m")
             yield
         finally:
             _say("SIGTERM to the daemon")

@@ -137,9 +137,7 @@ class GatewayActor(Actor):
         self._draining: list[Any] = []
         self._closed = False
         self._retention = Retention(services)
-        self._expired: set[str] = (
-            set()
-        )  # tasks that are being removed, and known until they are: their ids may be used again then
+        self._expired: set[str] = set()  # being removed, and known until that is done: then their ids may be used again
         self._bridge = LocalBridge(listener, settings.connections, self._arrived)
 
     def _arrived(self, client: int, request: Request) -> None:

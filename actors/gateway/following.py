@@ -6,7 +6,7 @@ import codecs
 import os
 import select
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -59,9 +59,11 @@ def write(descriptor: int, data: bytes) -> None:
 
 def show_present(directory: Path, ended: bool, show: Show) -> None:
     """Show what there is of a task's output; nothing when it has not had its turn, or never got so far."""
-    if not directory.is_dir():
+    try:
+        opened = Follower(directory)
+    except FileNotFoundError:
         return
-    with closing(Follower(directory)) as follower:
+    with closing(opened) as follower:
         _drain(follower, show)
         if ended:
             show(follower.finish())
@@ -97,11 +99,13 @@ def follow(client: Client, request: int, directory: Path, show: Show, progress: 
 
 def _watch(directory: Path) -> Follower | INotify:
     """A follower of the directory, or, as long as it is missing, what says that it may be there."""
-    signs = watch_nearest(directory)
-    if not directory.is_dir():
-        return signs
-    signs.close()
-    return Follower(directory)
+    while True:
+        signs = watch_nearest(directory)
+        if not directory.is_dir():
+            return signs
+        signs.close()
+        with suppress(FileNotFoundError):  # the task has just been forgotten
+            return Follower(directory)
 
 
 def _result(client: Client, request: int, progress: Callable[[str], None]) -> TaskResult | None:

@@ -103,6 +103,32 @@ def test_a_refusal_ends_the_following(tmp_path: Path) -> None:
     daemon.join()
 
 
+class Vanishing(type(Path())):  # type: ignore[misc]
+    """A directory that is removed as soon as somebody has seen it."""
+
+    def is_dir(self) -> bool:
+        there: bool = super().is_dir()
+        if there:
+            self.rmdir()
+        return there
+
+
+def test_a_task_whose_output_is_removed_just_now_has_none(tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.answer(Ended(1, result("t")))
+
+    daemon = ScriptedDaemon(tmp_path / "run", script)
+    with Client(tmp_path / "run") as client:
+        client.send(Wait(client.number(), "t", None))
+        assert follow(client, 1, Vanishing(tmp_path / "output"), Shown(), lambda text: None).exit_code == 0
+    daemon.join()
+    (tmp_path / "output").mkdir()
+    show_present(Vanishing(tmp_path / "output"), True, Shown())
+
+
 def test_bytes_go_to_the_stream_they_came_from_and_gaps_to_none(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     show_bytes(
         [
