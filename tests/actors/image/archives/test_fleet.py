@@ -216,7 +216,7 @@ def test_a_dead_nodes_lease_passes_on(s3: RunningS3, bucket: Bucket, proxy: Prox
     renewed = s3.client.head_object(Bucket=bucket.name, Key=key)["LastModified"].timestamp()
     proxy.behave()
     outcomes = [outcome(said) for said in in_parallel([make(f"node{number}")[1] for number in range(3)])]
-    assert LEASE_S < time.time() - renewed < 60
+    assert LEASE_S < time.time() - renewed < 180
     assert sum(built.layer_bytes > 0 for built, _ in outcomes) == 1
     assert [key.split("/")[1] for key in s3.keys(bucket)] == ["archives"]
 
@@ -409,7 +409,7 @@ def test_a_bucket_that_is_away_costs_a_node_nothing_but_a_remark(
     assert built.complete
     assert not shared.pushed
     assert f"bucket {name}" in shared.problem
-    assert time.monotonic() - begun < 60  # it would be longer if it waited as long for a bucket as it may
+    assert time.monotonic() - begun < 120  # what is silent would be so for an hour
     assert Archive.open(archive_path(str(node.archives), built.digest))
 
 

@@ -302,7 +302,7 @@ def test_a_build_that_takes_too_long_ends_also_while_it_waits(node: Node) -> Non
         failed = node.failed(f"{address}/a", time_max_s=0.4)
     assert failed.kind == "bounds"
     assert "0.4 s" in failed.error
-    assert time.monotonic() - begun < 30  # the registry is asked for longer
+    assert time.monotonic() - begun < 120  # the registry is asked for longer
 
 
 def test_a_time_that_is_over_is_told_though_it_is_looked_at_again_meanwhile(
@@ -478,7 +478,7 @@ def test_it_ends_when_nobody_listens_any_more_also_while_it_waits(node: Node) ->
         builder.channel.receive(TIMEOUT_S)
         begun = time.monotonic()
         assert builder.wait() == 0
-        assert time.monotonic() - begun < 30  # the registry is asked for longer
+        assert time.monotonic() - begun < 120  # the registry is asked for longer
 
 
 def test_a_kill_at_any_instant_leaves_whole_objects_and_the_next_build_completes(repository: Repository, node: Node) -> None:
