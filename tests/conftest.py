@@ -5,12 +5,16 @@
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 # How fast examples are drawn says something about the machine that draws them, and nothing about what is tested.
 UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("same", derandomize=True, **UNTIMED)
 settings.register_profile("search", **UNTIMED)
 settings.load_profile("same")
+
+# It draws the constants of our modules, too: of those that are loaded by then, which depends on what was run before, and where.
+providers.HypothesisProvider._local_constants = providers._local_constants
 
 # What they assert is shown as in a test.
 pytest.register_assert_rewrite(
