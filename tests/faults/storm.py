@@ -22,12 +22,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 from actors.gateway.client import Client
 from actors.gateway.messages import CheckStorage, Ended, MountImage, PruneStorage, Request, Submit, UnmountImage, Wait
 from actors.node import LISTENER
 from supervisor.channel import Channel, ChannelClosed
-from supervisor.keeping import FROM_KEEPER, AskState
+from supervisor.keeping import FROM_KEEPER, AskState, State
+from supervisor.lockfile import sign_of
 from supervisor.sockets import connect_to
 from tests.actors.image.images import RunningRegistry
 from tests.faults import load, victims
@@ -202,6 +204,8 @@ class Storm:
     def _strike(self, kinds: Sequence[str]) -> None:
         """Strike one process of each kind that is there and may be struck."""
         fragile = any(task.conmon_struck for task in self._running) or time.monotonic() - self._server_s < victims.AWAY_S
+        if set(kinds) >= victims.HOLDERS:
+            fragile = fragile or not self._all_served()
         if not victims.allowed(kinds, fragile, self._await_holders):
             return
         for kind in kinds:
@@ -218,7 +222,7 @@ class Storm:
             self.tally.pairs[tuple(sorted(struck))] += 1
         if set(struck) & victims.HOLDERS:
             self._start_again(struck)
-        if set(struck) & {"image mount", "workspace mount"}:
+        if set(struck) & victims.SERVERS:
             self._server_s = time.monotonic()
         if len(struck) == 1 and self._chance.random() < WAIT_SHARE:
             self._await(struck[0])
@@ -297,18 +301,33 @@ class Storm:
             if time.monotonic() > deadline:
                 raise Broken("keeper and root supervisor do not find each other")
 
+    def _all_served(self) -> bool:
+        """Whether every mount has a server now, as far as the keeper knows: on a slow disk one may be away for longer than AWAY_S."""
+        state = self._keeper_state()
+        served = self._daemon.run_dir / "served"
+        living = {process.pid for process in victims.find(self._daemon.state) if process.kind in victims.SERVERS}
+        return state is not None and all(
+            sign_of(served / f"{quote(name, safe='')}.lock").pid in living for name in state.standing
+        )
+
     def _held(self) -> list[str]:
         """What the keeper holds; nothing while there is none, or before a new one was told."""
+        state = self._keeper_state()
+        return [] if state is None else state.names
+
+    def _keeper_state(self) -> State | None:
         connection = connect_to(self._daemon.run_dir / "keeper.sock", socket.SOCK_SEQPACKET, TASK_S)
         if connection is None:
-            return []
+            return None
         with connection:
             channel = Channel(connection, FROM_KEEPER)
             try:
                 channel.send(AskState())
-                return channel.receive(TASK_S)[0].names
+                state, _ = channel.receive(TASK_S)
             except ChannelClosed:
-                return []
+                return None
+        assert isinstance(state, State)
+        return state
 
     def _await(self, kind: str) -> None:
         """Wait until what was struck is there again, and the daemon answers."""

@@ -101,8 +101,7 @@ def task(daemon: Daemon) -> Iterator[Task]:
     yield started
     started.close()
     assert daemon.command("stop", "--force", name).returncode == 0
-    daemon.wait_released()
-    assert daemon.leavings() == []
+    daemon.wait_nothing_left()
 
 
 @pytest.mark.parametrize("away", ["keeper", victims.ROOT])

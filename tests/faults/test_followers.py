@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.test_kills import kill_all, wait_for_lines
+from tests.faults.test_kills import wait_for_lines
 from tests.node.daemon import PATIENCE_S, PROGRAM, Daemon, running
 
 LINES = 130
@@ -105,7 +105,7 @@ def test_they_outlast_keeper_and_root_supervisor(own: Daemon, away_s: float) -> 
     clients.wait_connected()
     for waiting in (task, "submitted", "stopped"):
         let_go(own, waiting)
-    kill_all(own, "keeper", "root supervisor")
+    own.kill_supervisors()
     time.sleep(away_s)  # how long nobody starts it
     own.start()
     assert clients.end("logs") == (OUT, ERR, 0)
@@ -142,7 +142,7 @@ def test_a_task_that_ends_while_nobody_is_there_is_followed_to_its_end(own: Daem
     clients.start("logs", "logs", "-f", task)
     clients.start("result", "result", "--wait", "60s", "--json", task)
     clients.wait_connected()
-    kill_all(own, "keeper", "root supervisor")
+    own.kill_supervisors()
     let_go(own, task)
     journal = own.state / "tasks" / task / "output" / "journal"
     deadline = time.monotonic() + PATIENCE_S

@@ -92,15 +92,7 @@ def check(daemon: Daemon, task: str, gaps: int = 0) -> None:
     assert (result.state, result.reason, result.exit_code, result.sync, result.gaps) == ("stopped", "exited", 7, "synced", gaps)
     written = (daemon.state / "workspaces/work/written").read_text()
     assert written.split() == [str(number) for number in range(25, LINES + 1, 25)]
-    check_nothing_left(daemon)
-
-
-def check_nothing_left(daemon: Daemon) -> None:
-    daemon.wait_released()
-    deadline = time.monotonic() + PATIENCE_S
-    while left := daemon.leavings():  # one that was just started again asks each runtime for its version
-        assert time.monotonic() < deadline, left
-        time.sleep(0.01)
+    daemon.wait_nothing_left()
 
 
 def strike(daemon: Daemon, name: str, fault: signal.Signals = signal.SIGKILL) -> int:
@@ -113,13 +105,6 @@ def strike(daemon: Daemon, name: str, fault: signal.Signals = signal.SIGKILL) ->
             return pid
         except ProcessLookupError:  # it was replaced since
             assert time.monotonic() < deadline, name
-
-
-def kill_all(daemon: Daemon, *names: str) -> None:
-    """Kill these processes together: all are known before the first is killed."""
-    for pid in [daemon.wait_pid(name) for name in names]:
-        with suppress(ProcessLookupError):  # it was replaced since
-            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("name", ["root supervisor", "fork server", "output mover", "syncer", "workspace mount {task}"])
@@ -150,7 +135,7 @@ def test_a_killed_keeper_is_stood_in_for_and_the_next_one_takes_over(daemon: Dae
 
 
 def test_keeper_and_root_supervisor_killed_together(daemon: Daemon, task: str) -> None:
-    kill_all(daemon, "keeper", "root supervisor")
+    daemon.kill_supervisors()
     daemon.start()
     check(daemon, task)
 
@@ -254,7 +239,7 @@ def test_a_runtime_killed_at_its_work_costs_the_task_nothing(
         result = daemon.result(daemon.submit("echo once >> ran; exit 7", "task", runtime=runtime, workspace="work"))
         assert (result.state, result.exit_code, result.error) == ("stopped", 7, None)
         assert (daemon.state / "workspaces/work/ran").read_text() == "once\n"
-        check_nothing_left(daemon)
+        daemon.wait_nothing_left()
         assert " ERROR " not in (log := daemon.log.read_text()), log
     # What was killed at its work may have done it all the same.
     assert len(calls.read_text().splitlines()) >= (killed + 1 if moment == "before it acts" else 1)
@@ -349,8 +334,10 @@ def waiting(daemon: Daemon) -> str:
 
 @pytest.mark.parametrize("names", [["root supervisor"], ["keeper"], ["fork server"], ["keeper", "root supervisor"]])
 def test_a_kill_while_a_mount_has_no_server_yet(daemon: Daemon, waiting: str, names: list[str]) -> None:
-    kill_all(daemon, *names)
-    if names != ["keeper", "root supervisor"]:
+    if names == ["keeper", "root supervisor"]:
+        daemon.kill_supervisors()
+    else:
+        strike(daemon, names[0])
         # Now a server is needed.  (With both dead nobody held the connection; then OBJECTS must do.)
         for file in (daemon.state / "images/cache").glob("??/*"):
             if file.read_bytes() == b"other\n":
@@ -361,7 +348,7 @@ def test_a_kill_while_a_mount_has_no_server_yet(daemon: Daemon, waiting: str, na
     result = daemon.result(waiting)
     assert daemon.logs(waiting)[0] == b"begun\nsmall\nother\n", (result, daemon.logs(waiting))
     assert (result.state, result.exit_code, result.sync) == ("stopped", 7, "synced")
-    check_nothing_left(daemon)
+    daemon.wait_nothing_left()
 
 
 SLOW_TO_WRITE_DOWN = r"""
@@ -426,7 +413,7 @@ def test_a_container_that_ended_while_nobody_lived_and_whose_code_is_not_written
         monitor = daemon.run_dir / "tasks" / task / "monitor"
         first, conmon = (int((monitor / name).read_text()) for name in ("pid", "conmon.pid"))
         held.touch()
-        kill_all(daemon, "keeper", "root supervisor")
+        daemon.kill_supervisors()
         daemon.reap()
         if moment == "a zombie":
             os.kill(conmon, signal.SIGSTOP)

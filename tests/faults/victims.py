@@ -40,7 +40,8 @@ BRIEF: Final = (
 RUNTIMES: Final = tuple(f"runtime at {verb}" for verb in VERBS)
 KINDS: Final = (*COMMS, ROOT, *RUNTIMES)
 HOLDERS: Final = frozenset({"keeper", ROOT})
-HELD: Final = frozenset({"conmon", "image mount", "workspace mount"})  # hold what holders hold as well, while they live
+SERVERS: Final = frozenset({"image mount", "workspace mount"})
+HELD: Final = SERVERS | {"conmon"}  # hold what holders hold as well, while they live
 AWAY_S: Final = 8.0  # how long a mount's server may be away, when the fork server hangs as well
 
 
