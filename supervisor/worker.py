@@ -271,7 +271,7 @@ class Worker:
             self._heard_s = now_s
         self._missed = 0 if self._heard else self._missed + 1
         self._heard = False
-        if self._missed > LOOKS and now_s - self._heard_s < DISK_S and waits_for_disk(self.process.pidfd):
+        if self._missed > LOOKS and now_s - self._heard_s < DISK_S and self._is_excused(self.process):
             self._missed = 0
         if self._missed <= LOOKS:
             # The last time soon: perhaps it was this process that did not run, and what was said lies unread.
@@ -281,6 +281,11 @@ class Worker:
         self._hung = True
         self.process.signal(signal.SIGABRT)  # faulthandler writes where every thread is to the daemon's log
         self._actor.after(DUMP_S, _Kill(self.name, self.generation))
+
+    @staticmethod
+    def _is_excused(process: Process) -> bool:
+        """It waits for a disk; or our own watcher does, most likely, and what it has said lies unread."""
+        return waits_for_disk(process.pidfd) or process.channel.readable()
 
     def _unwatch(self, process: Process) -> None:
         self._watcher.forget(process.channel.fileno())
