@@ -68,6 +68,7 @@ FAILPOINTS: dict[str, tuple[str, ...]] = {
         "torn write STATE/tasks/TASK/attempt",
         "mkdir RUN/tasks/TASK/monitor/exits",
         "mkdir RUN/tasks/TASK/monitor/sockets",
+        "remove RUN/tasks/TASK/monitor/pid",
         "remove RUN/tasks/TASK/monitor/conmon.pid",
         "after commit UPDATE tasks.intended_at TASK",
         "write RUN/tasks/TASK/monitor/conmon.log",
