@@ -62,6 +62,10 @@ class Container:
         return self.monitor / "conmon.pid"
 
     @property
+    def exit_file(self) -> Path:
+        return self.monitor / "exits" / self.id
+
+    @property
     def conmon_log(self) -> Path:
         return self.monitor / "conmon.log"
 
@@ -101,8 +105,8 @@ def create(container: Container, command: str, attempt: int, environment: Mappin
     deadline = time.monotonic() + timeout_s
     for name in ("exits", "sockets"):
         (container.monitor / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-    for earlier in (container.pid_file, container.conmon_pid_file):  # must not be taken for this attempt's
-        earlier.unlink(missing_ok=True)
+    for earlier in (container.pid_file, container.conmon_pid_file, container.exit_file):
+        earlier.unlink(missing_ok=True)  # must not be taken for this attempt's
     threading.Thread(target=expect_moves, name="expect moves", daemon=True).start()
     reader, writer = os.pipe()
     try:
@@ -168,7 +172,7 @@ def exit_code(container: Container) -> int | None:
     It is 128 + n after signal n, and the same after `exit 128+n`: for when nobody holds the pidfd that could tell.
     """
     try:
-        return int((container.monitor / "exits" / container.id).read_text())
+        return int(container.exit_file.read_text())
     except (FileNotFoundError, ValueError):
         return None
 
@@ -341,8 +345,8 @@ def _creators_of(container: Container) -> list[int]:
     pidfd = _conmon_of(container)
     if pidfd is not None:
         return [pidfd]
-    if container.conmon_pid_file.exists() and container.pid_file.exists():
-        return []  # it has been created
+    if exit_code(container) is not None:
+        return []  # its conmon has come to its end; as good as always, and to look through all processes would take long
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and _creates(container, entry):
