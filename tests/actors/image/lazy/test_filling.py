@@ -27,6 +27,12 @@ MORE = {"more": random.Random(9).randbytes(2 * MIB + 5), "fifth": random.Random(
 pytestmark = pytest.mark.usefixtures("unhurried")
 
 
+@pytest.fixture(autouse=True)
+def ample_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However full this machine's is."""
+    monkeypatch.setattr(filling, "FREE_SHARE_MIN", 0.0)
+
+
 @pytest.fixture
 def proxy(registry: RunningRegistry) -> Iterator[Proxy]:
     with Proxy(registry.address) as started:
