@@ -43,7 +43,8 @@ def make_store(daemon: Daemon, name: str, files: dict[str, bytes] | None = None)
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    # A sync of a running task that took three seconds, on a slow disk, is followed by the next one after a minute.
+    deadline = time.monotonic() + 5 * PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
