@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import groupby
 from operator import attrgetter
 
@@ -11,6 +12,9 @@ from actors.output.sinks import SinkPosition, Taker, name_of, open_sink
 from actors.sandbox.messages import Sink
 
 RECORD_S = 0.5  # between two reports of a sink's position
+PAUSES = (
+    4  # and as many times as long as the last one took, at least: a disk may take seconds, in which nobody's lines are moved
+)
 TURN_BYTES = 64 << 10  # read for one sink before the next one has its turn: 65,536 lines at most, a second for the console
 
 
@@ -35,7 +39,7 @@ class Course:
         self.failing = False
         self.dirty = False
         self._sink = sink
-        self._recorded_s = 0.0
+        self._due_s = 0.0
         self._taker: Taker | None = None
         self._begin()
 
@@ -66,11 +70,13 @@ class Course:
 
     def record(self, now_s: float, at_once: bool) -> SinkPosition | None:
         """The new position, durable, when it has moved and it is time to say so.  Raises OSError."""
-        if self._taker is None or not self.dirty or (not at_once and now_s < self._recorded_s + RECORD_S):
+        if self._taker is None or not self.dirty or (not at_once and now_s < self._due_s):
             return None
+        began_s = time.monotonic()
         length_bytes = self._taker.make_durable()
+        took_s = time.monotonic() - began_s
         self.position = SinkPosition(self._reader.position, self._stdout.rest, self._stderr.rest, length_bytes)
-        self.dirty, self._recorded_s = False, now_s
+        self.dirty, self._due_s = False, now_s + took_s + max(RECORD_S, PAUSES * took_s)
         return self.position
 
     def close(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from actors.output import course as course_module
 from actors.output.course import TURN_BYTES, Course
 from actors.output.sinks import SinkPosition
 from tests.actors.output.conftest import SmallDisk
@@ -26,6 +29,21 @@ def test_a_turn_is_bounded(tmp_path: Path) -> None:
             assert log.stat().st_size - size_bytes <= TURN_BYTES
             size_bytes = log.stat().st_size
     assert (size_bytes, turns) == (400_000, 8)
+
+
+def test_a_slow_disk_is_waited_for_a_fifth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(course_module, "RECORD_S", 0.01)
+    monkeypatch.setattr(os, "fdatasync", lambda file: time.sleep(0.1))
+    with closing(Course("task", str(tmp_path), file_sink(tmp_path / "task.log"), SinkPosition())) as course:
+        (tmp_path / "stdout.spill").write_bytes(b"line\n")
+        assert course.move()
+        began_s = time.monotonic()
+        assert course.record(began_s, at_once=False)
+        took_s = time.monotonic() - began_s
+        (tmp_path / "stdout.spill").write_bytes(b"line\nline\n")
+        assert course.move()
+        assert course.record(began_s + 0.4, at_once=False) is None
+        assert course.record(began_s + 5 * took_s, at_once=False)
 
 
 def test_it_goes_on_from_what_is_on_record_after_an_error(small_disk: SmallDisk, tmp_path: Path) -> None:
