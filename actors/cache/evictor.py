@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from actors.cache.eviction import Eviction, Kept, Used
 from actors.lazytree import trees
-from actors.lazytree.ledger import sum_of, taken_bytes
+from actors.lazytree.ledger import sum_of, take_up, taken_bytes
 from actors.lazytree.objects import PREFIXES, Objects
 from actors.lazytree.trees import Tree, TreeSource
 
@@ -51,6 +51,7 @@ def evict(objects: Objects, wanted_bytes: int, has: Callable[[TreeSource], bool]
         return report
     known = trees.trees(directory)
     kept = scan(objects, alive)
+    take_up(directory)  # after that: what is here was about to be counted then
     eviction = Eviction(kept, map(_used, known), (_keys(tree) for tree in trees.held(directory)))
     for tree in known:
         if time.time_ns() - tree.used_ns > KEEP_NS and kept.keys().isdisjoint(_keys(tree)):

@@ -167,13 +167,13 @@ def _has_holes(path: str, directory: int | None) -> bool:
 class Ledger:
     """One of the ledgers of the OBJECTS that the descriptor `directory` is of, from here until `close`.  For one thread at a time."""
 
-    def __init__(self, directory: int) -> None:
-        """Take one whose holder is dead, or a new one.  Raises OSError."""
+    def __init__(self, directory: int, taken: tuple[int, bytes] | None = None) -> None:
+        """Take one whose holder is dead, or a new one; `taken`: this one, locked, and what is in it.  Raises OSError."""
         self._directory = directory
         self._limits = limits_of(directory)
         with contextlib.suppress(FileExistsError):
             os.mkdir(LEDGERS, 0o700, dir_fd=directory)
-        self._file, body = _take(directory)
+        self._file, body = taken or _take(directory)
         self._record = _Record(*_RECORD.unpack(body)) if len(body) == _RECORD.size else _Record()
         self._resolve()
         self._save(self._record._replace(promised=self._record.used, since_ns=time.time_ns()))
@@ -326,6 +326,23 @@ def _take(directory: int) -> tuple[int, bytes]:
         except BlockingIOError:
             os.close(file)
             number += 1
+
+
+def take_up(directory: int) -> None:
+    """Finish what dead holders were at, for whoever evicts: what they have published and not counted would be taken off all the same."""
+    number = 0
+    while True:
+        try:
+            file = os.open(f"{LEDGERS}/{number}", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+        else:
+            Ledger(directory, (file, os.pread(file, _RECORD.size, 0))).close()
+        number += 1
 
 
 def _bodies(directory: int) -> Iterator[bytes]:

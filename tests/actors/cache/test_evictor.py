@@ -283,3 +283,23 @@ def test_killed_before_each_of_its_operations(tmp_path: Path) -> None:
         again.close()
         number += 1
     assert number > 20
+
+
+def test_what_was_published_by_one_who_was_killed_before_it_was_counted_is_not_taken_off(tmp_path: Path) -> None:
+    """Nor is its ledger the one that the evictor takes."""
+    home, content = str(tmp_path / "objects"), os.urandom(50000)
+    key = hashlib.sha256(content).hexdigest()
+    other, publisher, evictor = (Objects(home) for _ in range(3))
+    assert sum_of(other.ledger._directory).used_bytes == 0  # it has the first ledger
+    with publisher.create(len(content)) as file:
+        file.write(content)
+        file.flush()
+        publisher.ledger.begin_publishing(key, file.fileno())
+        os.link(f"/proc/self/fd/{file.fileno()}", Objects.path(key), dst_dir_fd=publisher.descriptor, follow_symlinks=True)
+    os.close(publisher.ledger._file)  # as it is when it has been killed
+    other.close()
+    trees.record(evictor.descriptor, "tree", SOURCE, bytes.fromhex(key))
+    assert evict(evictor, FOREVER, lambda source: True, lambda: None).objects == 1
+    assert sum_of(evictor.descriptor).used_bytes - unlinked_bytes(evictor.descriptor) == 0
+    evictor.close()
+    os.close(publisher.descriptor)
