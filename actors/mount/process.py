@@ -229,12 +229,17 @@ def _sync_running(changes: Changes, job: SyncWorkspace, send: Callable[[Message]
     if found is None:
         send(Synced(job.job, SYNCED, [], 0, [], 0, "", 0, 0))
         return
-    if _sync(None, job, send) and found:
-        changes.synced(upper, found)
+
+    def remember_and_send(done: Message) -> None:  # in this order: who has the answer may ask again at once, of another thread
+        if found and isinstance(done, Synced) and done.settled:
+            changes.synced(upper, found)
+        send(done)
+
+    _sync(None, job, remember_and_send)
 
 
-def _sync(changes: Changes | None, job: SyncWorkspace, send: Callable[[Message], None]) -> bool:
-    """Sync a workspace; whether nothing is left to do.  `changes` may forget it then."""
+def _sync(changes: Changes | None, job: SyncWorkspace, send: Callable[[Message], None]) -> None:
+    """Sync a workspace.  `changes` may forget it then."""
     if changes is not None:
         changes.forget(os.path.join(job.directory, UPPER))
     done = sync(job.store, job.directory, job.task, job.bounds, job.running)
@@ -257,7 +262,6 @@ def _sync(changes: Changes | None, job: SyncWorkspace, send: Callable[[Message],
             done.settled,
         )
     )
-    return done.settled
 
 
 def _readable(path: bytes) -> str:
