@@ -12,9 +12,7 @@ from actors.output.sinks import SinkPosition, Taker, name_of, open_sink
 from actors.sandbox.messages import Sink
 
 RECORD_S = 0.5  # between two reports of a sink's position
-PAUSES = (
-    4  # and as many times as long as the last one took, at least: a disk may take seconds, in which nobody's lines are moved
-)
+PAUSES = 4  # as many times as long as the last one took, at least: while a disk takes its seconds for it, no lines are moved
 TURN_BYTES = 64 << 10  # read for one sink before the next one has its turn: 65,536 lines at most, a second for the console
 
 
