@@ -3,6 +3,8 @@
 `--hypothesis-profile=search` draws new ones.
 """
 
+import signal
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
@@ -15,6 +17,9 @@ settings.load_profile("same")
 
 # It draws the constants of our modules, too: of those that are loaded by then, which depends on what was run before, and where.
 providers.HypothesisProvider._local_constants = providers._local_constants
+
+# In the background of a script it is ignored, and so it would be by every program that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What they assert is shown as in a test.
 pytest.register_assert_rewrite(
