@@ -70,6 +70,7 @@ FAILPOINTS: dict[str, tuple[str, ...]] = {
         "mkdir RUN/tasks/TASK/monitor/sockets",
         "remove RUN/tasks/TASK/monitor/pid",
         "remove RUN/tasks/TASK/monitor/conmon.pid",
+        "remove RUN/tasks/TASK/monitor/exits/TASK.N",
         "after commit UPDATE tasks.intended_at TASK",
         "write RUN/tasks/TASK/monitor/conmon.log",
         "torn write RUN/tasks/TASK/monitor/conmon.log",
