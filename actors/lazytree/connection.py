@@ -37,7 +37,8 @@ def collect(lock: Path) -> tuple[int, bytes] | None:
         return None
     try:
         for number in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(FileNotFoundError):  # it has closed that one since they were listed
+            # It has closed that one since they were listed, or is being reaped.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 # Still the holder after its pidfd was opened: so that is what the pidfd is of, and not who got its pid next.
                 if os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/fuse" and holder_of(lock) == pid:
                     return copy_descriptor(pidfd, int(number)), init_request

@@ -132,7 +132,7 @@ def waits(pid_file: Path) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         descriptors = Path(f"/proc/{int(pid_file.read_text())}/fd")
         for number in os.listdir(descriptors):
-            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # closed since it was listed, or just being reaped
                 if os.readlink(descriptors / number).endswith(f"/{NAME}"):
                     return True
     return False
