@@ -51,7 +51,8 @@ def evict(objects: Objects, wanted_bytes: int, has: Callable[[TreeSource], bool]
         return report
     known = trees.trees(directory)
     kept = scan(objects, alive)
-    take_up(directory)  # after that: what is here was about to be counted then
+    for key in take_up(directory):  # after that: what was found is counted, or somebody says that he is about to
+        kept.pop(key, None)
     eviction = Eviction(kept, map(_used, known), (_keys(tree) for tree in trees.held(directory)))
     for tree in known:
         if time.time_ns() - tree.used_ns > KEEP_NS and kept.keys().isdisjoint(_keys(tree)):

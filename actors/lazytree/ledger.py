@@ -328,18 +328,25 @@ def _take(directory: int) -> tuple[int, bytes]:
             number += 1
 
 
-def take_up(directory: int) -> None:
-    """Finish what dead holders were at, for whoever evicts: what they have published and not counted would be taken off all the same."""
+def take_up(directory: int) -> set[bytes]:
+    """Finish what dead holders were at → the keys that living ones are just publishing.
+
+    For whoever evicts: what is published and not counted would be taken off all the same.
+    """
+    publishing: set[bytes] = set()
     number = 0
     while True:
         try:
             file = os.open(f"{LEDGERS}/{number}", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
         except FileNotFoundError:
-            return
+            return publishing
+        body = os.pread(file, _RECORD.size, 0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(file)
+            if len(body) == _RECORD.size and (record := _Record(*_RECORD.unpack(body))).intent == _Intent.PUBLISH:
+                publishing.add(record.key)
         else:
             Ledger(directory, (file, os.pread(file, _RECORD.size, 0))).close()
         number += 1

@@ -303,3 +303,23 @@ def test_what_was_published_by_one_who_was_killed_before_it_was_counted_is_not_t
     assert sum_of(evictor.descriptor).used_bytes - unlinked_bytes(evictor.descriptor) == 0
     evictor.close()
     os.close(publisher.descriptor)
+
+
+def test_what_is_published_and_not_counted_yet_stays(tmp_path: Path) -> None:
+    """Its publisher may be killed before it counts it, when it would have been taken off already."""
+    home, content = str(tmp_path / "objects"), os.urandom(50000)
+    key = hashlib.sha256(content).hexdigest()
+    evictor, publisher = Objects(home), Objects(home)
+    assert sum_of(evictor.ledger._directory).used_bytes == 0  # it has a ledger of its own
+    with publisher.create(len(content)) as file:
+        file.write(content)
+        file.flush()
+        publisher.ledger.begin_publishing(key, file.fileno())
+        os.link(f"/proc/self/fd/{file.fileno()}", Objects.path(key), dst_dir_fd=publisher.descriptor, follow_symlinks=True)
+    trees.record(evictor.descriptor, "tree", SOURCE, bytes.fromhex(key))
+    assert evict(evictor, FOREVER, lambda source: True, lambda: None).objects == 0
+    os.close(publisher.ledger._file)
+    assert evict(evictor, FOREVER, lambda source: True, lambda: None).objects == 1
+    assert sum_of(evictor.descriptor).used_bytes - unlinked_bytes(evictor.descriptor) == 0
+    evictor.close()
+    os.close(publisher.descriptor)
