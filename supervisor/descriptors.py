@@ -89,8 +89,19 @@ class Descriptors:
         self.welcome = Welcome(0, False, False)
 
     def connect(self) -> None:
-        """Find the keeper, take what it holds, and look after it from now on.  Raises KeeperLost, OSError."""
-        self._connect()
+        """Find the keeper, take what it holds, and look after it from now on.  Raises KeeperLost, OSError.
+
+        One that dies while it hands over is stood in for: there is nobody else who could.
+        """
+        for pause_s in PAUSES_S:
+            time.sleep(pause_s)
+            try:
+                self._connect()
+                break
+            except KeeperLost as error:
+                if pause_s == PAUSES_S[-1]:
+                    raise
+                logger.warning("{}; trying again", error)
         self._watcher.every_beat(self._look)
 
     def keep(self, descriptors: Mapping[str, int], data: Mapping[str, bytes] | None = None) -> None:
@@ -175,10 +186,10 @@ class Descriptors:
         complete = self._complete
         try:
             theirs, their_orders = self._take_over(channel)
-        except (ChannelClosed, ChannelTimeout, FrameError) as error:
+            pidfd = open_pidfd(self.welcome.pid)
+        except (ChannelClosed, ChannelTimeout, FrameError, ProcessLookupError) as error:
             channel.close()
             raise KeeperLost(f"the keeper on {self._path} does not hand over: {str(error) or type(error).__name__}") from None
-        pidfd = open_pidfd(self.welcome.pid)
         with self._lock:
             self._keeper, self._yielded = channel, False
             if self._keeper_pidfd >= 0:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.actors.image.images import Member, RunningRegistry, directory, member, symlink, tar
-from tests.node.daemon import Daemon, running
+from tests.node.daemon import PATIENCE_S, Daemon, running
 
 APPLETS = (
     "cat chmod cp dd df echo env false find head id ip kill ln ls md5sum mkdir mknod mv pwd rm seq sh sleep stat sync tail "
@@ -25,6 +28,26 @@ def busybox_members() -> list[Member]:
     etc = [directory("etc"), member("etc/passwd", b"root:x:0:0::/:/bin/sh\n"), member("etc/data", bytes(range(256)) * 4000)]
     folders = [directory(name) for name in ("bin", "proc", "sys", "dev", "tmp")]
     return [*folders, member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755), *links, *etc]
+
+
+@contextmanager
+def own_disk(tmp_path: Path, size_bytes: int) -> Iterator[Path]:
+    """A file system that nobody else writes to, mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    picture = tmp_path / "disk.img"
+    with open(picture, "wb") as file:
+        file.truncate(size_bytes)
+    subprocess.run(["mkfs.ext4", "-q", picture], check=True)
+    subprocess.run(["mount", "-o", "loop", picture, disk], check=True)
+    try:
+        yield disk
+    finally:
+        # What was unmounted lazily, and lay there, may be on its way out still.
+        deadline = time.monotonic() + PATIENCE_S
+        while (done := subprocess.run(["umount", disk], capture_output=True, check=False)).returncode:
+            assert b"busy" in done.stderr and time.monotonic() < deadline, done
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

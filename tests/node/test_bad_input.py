@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from actors.gateway.messages import ANSWERS, FRAME_BYTES_MAX, Ended, Failed, Lis
 from actors.lazytree import mounts
 from supervisor.frames import LENGTH, Codec, FrameBuffer
 from tests.actors.image.images import RunningRegistry, digest, member, symlink, tar
-from tests.node.conftest import busybox_members
+from tests.node.conftest import busybox_members, own_disk
 from tests.node.daemon import PATIENCE_S, Daemon, name_of, running, state_of
 
 # --- images ---
@@ -212,24 +212,7 @@ def test_more_clients_than_the_bound_are_turned_away(tmp_path: Path, image: str)
 
 # --- a full disk ---
 
-
-@contextmanager
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    picture = tmp_path / "disk.img"
-    with open(picture, "wb") as file:
-        file.truncate(64 << 20)
-    subprocess.run(["mkfs.ext4", "-q", picture], check=True)
-    subprocess.run(["mount", "-o", "loop", picture, disk], check=True)
-    try:
-        yield disk
-    finally:
-        # What was unmounted lazily, and lay there, may be on its way out still.
-        deadline = time.monotonic() + PATIENCE_S
-        while (done := subprocess.run(["umount", disk], capture_output=True, check=False)).returncode:
-            assert b"busy" in done.stderr and time.monotonic() < deadline, done
-            time.sleep(0.05)
+SMALL_BYTES = 64 << 20
 
 
 def fill(disk: Path) -> Path:
@@ -246,7 +229,7 @@ def fill(disk: Path) -> Path:
 
 
 def test_a_full_state_disk_takes_no_task_and_is_outlived(tmp_path: Path, image: str) -> None:
-    with small_disk(tmp_path) as disk:
+    with own_disk(tmp_path, SMALL_BYTES) as disk:
         home = disk / "home"
         home.mkdir()
         with running(home, image) as daemon:
@@ -263,7 +246,7 @@ def test_a_full_state_disk_takes_no_task_and_is_outlived(tmp_path: Path, image: 
 
 
 def test_tasks_that_run_when_the_state_disk_fills_have_their_results(tmp_path: Path, image: str) -> None:
-    with small_disk(tmp_path) as disk:
+    with own_disk(tmp_path, SMALL_BYTES) as disk:
         home = disk / "home"
         home.mkdir()
         with running(home, image) as daemon:
@@ -286,7 +269,7 @@ def test_a_disk_that_stands_still_costs_time_and_nothing_else(tmp_path: Path, im
     repository = registry.repository("slow")
     repository.push(tar(*busybox_members(), member("file", os.urandom(1 << 20))), process={"Env": ["PATH=/bin"]})
     (tmp_path / "node").mkdir()
-    with small_disk(tmp_path) as disk:
+    with own_disk(tmp_path, SMALL_BYTES) as disk:
         settings = {"AERIE_IMAGE_CACHE_DIR": str(disk / "cache"), "AERIE_IMAGE_FREE_MIN": "0"}
         (tmp_path / "node/daemon.log").symlink_to(disk / "log")
         with running(tmp_path / "node", image, **settings) as daemon:

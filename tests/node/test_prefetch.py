@@ -21,7 +21,7 @@ from actors.image.archives.trace import load, workload_of, workloads
 from tests.actors.image.images import RunningRegistry, directory, member, tar
 from tests.actors.image.proxy import Proxy, throttle
 from tests.actors.image.s3 import CREDENTIALS, RunningS3
-from tests.node.conftest import busybox_layer
+from tests.node.conftest import busybox_layer, own_disk
 from tests.node.daemon import PATIENCE_S, Daemon, running
 
 MIB = 1 << 20
@@ -65,7 +65,7 @@ def cold(tmp_path: Path, built: tuple[str, Path], proxy: Proxy, name: str = "nod
         archives.mkdir()
         (archives / built[1].name).write_bytes(built[1].read_bytes())
     (tmp_path / name).mkdir()
-    places = {"AERIE_IMAGE_ARCHIVE_DIR": str(archives), "AERIE_IMAGE_PREFETCH": "trace"} | settings
+    places = {"AERIE_IMAGE_ARCHIVE_DIR": str(archives), "AERIE_IMAGE_PREFETCH": "trace", "AERIE_IMAGE_FREE_MIN": "0"} | settings
     with running(tmp_path / name, built[0], **places) as daemon:
         proxy.forget()
         yield daemon
@@ -319,23 +319,30 @@ def content_is_here(daemon: Daemon, archives: Path) -> bool:
     return all((objects / key[:2] / key[2:]).exists() for key in keys)
 
 
-def test_with_full_all_of_the_image_comes_in_the_end(tmp_path: Path, built: tuple[str, Path], proxy: Proxy) -> None:
-    with cold(tmp_path, built, proxy, AERIE_IMAGE_PREFETCH="full") as daemon:
+@pytest.fixture
+def roomy(tmp_path: Path) -> Iterator[Path]:
+    """On a disk of its own: of one that is nearly full nothing is taken for what nobody has asked for."""
+    with own_disk(tmp_path, 1 << 30) as disk:
+        yield disk
+
+
+def test_with_full_all_of_the_image_comes_in_the_end(roomy: Path, built: tuple[str, Path], proxy: Proxy) -> None:
+    with cold(roomy, built, proxy, AERIE_IMAGE_PREFETCH="full") as daemon:
         proxy.on("/blobs/", throttle(2 * MIB))  # or all of it could be here before we have looked
         assert output(daemon) == EXPECTED
         assert proxy.body_bytes("/blobs/") < len(LARGE)
         proxy.behave()
-        until(lambda: content_is_here(daemon, tmp_path / "archives"))
+        until(lambda: content_is_here(daemon, roomy / "archives"))
 
 
-def test_a_workload_that_reads_nearly_all_has_all_of_it_pulled(tmp_path: Path, built: tuple[str, Path], proxy: Proxy) -> None:
+def test_a_workload_that_reads_nearly_all_has_all_of_it_pulled(roomy: Path, built: tuple[str, Path], proxy: Proxy) -> None:
     script = "cat /data/* | md5sum"
-    with cold(tmp_path, built, proxy, "one") as daemon:
+    with cold(roomy, built, proxy, "one") as daemon:
         assert daemon.run(script).exit_code == 0
-        until(lambda: list((tmp_path / "archives").glob("*.trace")))
-    with cold(tmp_path, built, proxy, "two") as daemon:
+        until(lambda: list((roomy / "archives").glob("*.trace")))
+    with cold(roomy, built, proxy, "two") as daemon:
         daemon.submit(script)
-        until(lambda: content_is_here(daemon, tmp_path / "archives"))  # what it does not read, too
+        until(lambda: content_is_here(daemon, roomy / "archives"))  # what it does not read, too
         assert daemon.result("task-1").exit_code == 0
         expected = hashlib.md5(b"".join(content for _, content in sorted([*FILES.items(), ("data/large", LARGE)])))
         assert daemon.logs("task-1")[0].split()[0].decode() == expected.hexdigest()

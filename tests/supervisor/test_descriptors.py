@@ -239,6 +239,22 @@ def test_a_keeper_that_dies_while_it_hands_over_is_no_keeper(played: Played, dae
     os.close(file)
 
 
+def test_a_keeper_that_dies_while_it_hands_over_for_the_first_time_costs_no_root_supervisor(
+    played: Played, daemon: Daemon, tmp_path: Path
+) -> None:
+    """It is the only one who could start another keeper."""
+    connection, _ = played._listener.accept()
+    half = Channel(connection, TO_KEEPER)
+    assert half.receive(60) == (Hello(notes=True), [])
+    half.send(Welcome(1, False, False))
+    half.close()
+    played.greet({"a": (file := os.memfd_create("a"))})
+    held = daemon.ask()
+    assert (held.pid, held.texts) == (daemon.started[-1].pid, {"a": ""})
+    assert "Traceback" not in daemon.log()
+    os.close(file)
+
+
 @pytest.fixture
 def patient(daemon: Daemon) -> None:
     daemon.patient()
