@@ -36,7 +36,6 @@ from supervisor.actor import Actor
 from supervisor.answers import Answer, Deferred, Refused, Worked, WorkFailed, refusal
 from supervisor.tree import System
 
-CONMON_S = 30.0  # how long conmon may take to write the last output, make it durable and end, once its container has
 CREATE_AGAIN_S = (0.0, 0.05, 0.2, 0.5, 1.0)  # before a task's container is created once more, after it failed so often
 RETRY_S = 1.0  # before something that must be done, and failed, is tried again
 
@@ -115,7 +114,7 @@ class SandboxActor(Actor):
                 self._record.note(f"a read failed: {reason}")
             case ("conmon is late",):
                 if Fact.OUTPUT_WHOLE not in self._life.facts:
-                    self._watching.end_conmon(CONMON_S)
+                    self._watching.end_conmon(conmon.LAST_OUTPUT_S)
             case ("grace is over",):
                 self._know(Fact.KILL_ASKED)
             case ("time is over",):
@@ -235,7 +234,7 @@ class SandboxActor(Actor):
             self._ask_to_end("timeout", False)
 
     def _drain_output(self) -> None:
-        self.after(CONMON_S, ("conmon is late",))
+        self.after(conmon.LAST_OUTPUT_S, ("conmon is late",))
 
     def _sync(self) -> None:
         if self._rootfs is None or len(self._rootfs.data) > 1:

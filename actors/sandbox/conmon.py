@@ -34,6 +34,7 @@ from actors.sandbox.runtimes import ContainerError, CreateError, Runtime, create
 from supervisor.pidfd import copy_descriptor, has_ended, is_same, is_stopped, open_pidfd, signal_process, wait_ended
 
 ANSWER_BYTES_MAX: Final = 1 << 16
+LAST_OUTPUT_S: Final = 30.0  # for conmon to write the last output, make it durable, write down the exit code, and end
 CLEARING_TIMEOUT_S: Final = 10.0  # for what is left of a create that failed
 STATE_TIMEOUT_S: Final = 10.0
 STOP_LOOK_S: Final = 0.1  # between two looks whether somebody has stopped a conmon that is waited for

@@ -41,7 +41,6 @@ from actors.services import Services
 CREATED = frozenset({Fact.IMAGE, Fact.WORKSPACE, Fact.CREATED, Fact.INTENDED})
 STARTED = CREATED | {Fact.START_ASKED, Fact.STARTED}
 SIGNALLED = 128
-WRITTEN_S = 20.0  # for a conmon to write down how its container ended; nobody else knows it
 LOST = "nobody can know how it ended: {}; its output and workspace up to then are kept. Run it again if that is safe"
 
 
@@ -96,7 +95,7 @@ def look(services: Services, task: str, attempt_of: Callable[[int], Attempt]) ->
     if not is_held and not _collect(services, task, attempt):
         is_created = conmon.is_created(attempt.container)
         if is_created:
-            conmon.wait_written(attempt.container, WRITTEN_S)
+            conmon.wait_written(attempt.container, conmon.LAST_OUTPUT_S)  # nobody else knows how it ended
         if (code := conmon.exit_code(attempt.container)) is not None:
             _mark_start(services, task, record, intended_at)
             return _ended(found, code)

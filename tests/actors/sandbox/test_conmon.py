@@ -291,6 +291,10 @@ def test_a_runtime_that_outlives_its_conmon_is_ended_too(laboratory: Laboratory,
     container.conmon_pid_file.write_text(str(1 << 22))
     create = ["create", "--bundle", str(container.bundle), "--pid-file", str(container.pid_file), container.id]
     orphan = subprocess.Popen([hanging.program, *hanging.global_flags, *create])
+    # In the midst of execve(2), when Popen has heard that it succeeds, a process has no arguments for a moment.
+    deadline = time.monotonic() + TIMEOUT_S
+    while not Path(f"/proc/{orphan.pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
     conmon.end(container, TIMEOUT_S)
     assert orphan.wait(TIMEOUT_S) == -signal.SIGKILL
 
